@@ -1,0 +1,27 @@
+"""What every test file needs: the scripts as modules, and where optional real data lie."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*_sera.py"))
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each script in turn, imported as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of genuine D4RL samples that SERA_TEST_DATA names; without it the test is skipped."""
+    folder = os.environ.get("SERA_TEST_DATA")
+    if not folder:
+        pytest.skip("SERA_TEST_DATA is not set: no genuine D4RL samples at hand")
+    return Path(folder)
