@@ -1,17 +1,14 @@
 # ------------------------------ dependencies, for `uv run` (shared)
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = [
-#   "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "h5py==3.16.0", "numpy==2.4.6", "tensorboard==2.21.0",
-#   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
-# ]
+# dependencies = ["gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "h5py==3.16.0", "numpy==2.4.6",
+#   "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 # ------------------------------ the algorithm
 """SAC with SERA: soft actor-critic on a data set, then online with an exploration bonus; or from scratch.
 
-SAC: Haarnoja et al. 2018, arXiv 1812.05905. Offline it has no pessimism: it over-estimates actions that the data
-lack (watch losses/q_policy against losses/q_data), so its offline score is usually poor. That is the known
-result, kept as a baseline. --offline-steps 0 --mixing-ratio 0 is plain SAC from scratch.
+SAC: Haarnoja et al. 2018, arXiv 1812.05905. Offline it over-estimates actions that the data lack (watch
+losses/q_policy), so its score is usually poor there: the known result, kept as a baseline.
 SERA: Sample Efficient Reward Augmentation, arXiv 2310.19805, later renamed QCSE.
 
 j = 1, 2 numbers the critics Q_j and their targets Q'_j, pi is the policy, d = dim(s), |A| = dim(a), and
@@ -32,10 +29,8 @@ rewards, no score. Neighbours are rows i, j of the batch, with q_i = min_j Q_j(s
 
 # ------------------------------ imports (shared)
 import copy
-import csv
 import difflib
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
@@ -46,8 +41,8 @@ import sys
 import time
 import warnings
 from collections import namedtuple
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -59,7 +54,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -67,72 +62,43 @@ from tqdm import tqdm
 # ------------------------------ arguments
 @dataclass
 class Args:
-    """SAC with SERA: train on a D4RL data set, then go on online; or online from scratch."""
+    """SAC with SERA: train on a D4RL data set, then go on online, or start from scratch."""
 
     # ------------------------------ common arguments (shared)
-    env: str = "hopper-medium-v2"
-    """D4RL data set {hopper,halfcheetah,walker2d,ant}-<kind>-v{0,1,2}, or the bundled hopper-medium-mini"""
-    dataset_path: str | None = None
-    """HDF5 file in D4RL's format, used in place of the data set's own"""
-    physics: Literal["d4rl", "gymnasium"] = "d4rl"
-    """d4rl: masses and contact margins of D4RL's old MuJoCo; gymnasium: the -v4 model as shipped"""
-    seed: int = 1
-    """seed of networks, batches and environment"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where networks and data live; auto takes a GPU if there is one"""
-    run_dir: str | None = None
-    """output folder; by default runs/<env>__<script>__<seed>__<time>"""
-    offline_steps: float = 250_000
-    """updates on the data set before the first online step; 0 skips them"""
-    online_steps: float = 250_000
-    """environment steps, one update each"""
-    eval_every: float = 5_000
-    """steps between evaluations; each phase also ends with one"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
-    checkpoint_every: float = 25_000
-    """steps between checkpoints; each phase also ends with one"""
-    resume: bool = False
-    """go on from the checkpoint in --run-dir; its arguments are the defaults"""
-    track: bool = False
-    """mirror the logs to Weights & Biases"""
-    capture_video: bool = False
-    """film the first episode of each evaluation"""
-    batch_size: int = 256
-    """rows of a batch"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """Polyak rate of the target critics"""
-    mixing_ratio: float = 0.5
-    """share of data-set rows in an online batch"""
-    random_steps: float = 5_000
-    """random first steps without updates; from scratch only (no offline steps, mixing ratio 0)"""
-    sera_coef: float = 1.0
-    """lambda, the weight of the bonus; 0 is exactly the plain algorithm"""
-    sera_k: int = 10
-    """which nearest neighbour sets the radius"""
-    sera_bonus: Literal["q", "v", "state", "constant"] = "q"
-    """q: SERA; v: conditioned on a state value (VCSE); state: plain state entropy; constant: the control"""
-    sera_constant: float = 1.0
-    """takes the place of tanh(H) under --sera-bonus constant"""
-    sera_critic: Literal["offline", "current", "random"] = "offline"
-    """whose q: a copy frozen at the switch, the learning networks, or a copy of the untrained ones"""
-    sera_scale: Literal["none", "dim"] = "none"
-    """none: the paper's formula; dim: states divided by their dimension, q standardised over the batch"""
+    env: str = "hopper-medium-v2"  # D4RL data set <robot>-<kind>-v{0,1,2}, or the bundled hopper-medium-mini
+    dataset_path: str | None = None  # HDF5 file in D4RL's format, used in place of the data set's own
+    physics: Literal["d4rl", "gymnasium"] = "d4rl"  # masses and margins of D4RL's MuJoCo, or -v4 as shipped
+    seed: int = 1  # seed of networks, batches and environment
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    run_dir: str | None = None  # output folder; by default runs/<env>__<script>__<seed>__<time>
+    offline_steps: float = 250_000  # updates on the data set before the first online step; 0 skips them
+    online_steps: float = 250_000  # environment steps, one update each
+    eval_every: float = 5_000  # steps between evaluations; each phase also ends with one
+    eval_episodes: int = 10  # episodes of an evaluation
+    checkpoint_every: float = 25_000  # steps between checkpoints; each phase also ends with one
+    resume: bool = False  # go on from the checkpoint in --run-dir; its arguments are the defaults
+    track: bool = False  # mirror the logs to Weights & Biases
+    capture_video: bool = False  # film the first episode of each evaluation
+    batch_size: int = 256  # rows of a batch
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # Polyak rate of the target critics
+    mixing_ratio: float = 0.5  # share of data-set rows in an online batch
+    random_steps: float = 5_000  # random first steps without updates, from scratch (no offline steps, mix 0)
+    sera_coef: float = 1.0  # lambda, the weight of the bonus; 0 is exactly the plain algorithm
+    sera_k: int = 10  # which nearest neighbour sets the radius
+    sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA, V for Q (VCSE), s alone, the control
+    sera_constant: float = 1.0  # takes the place of tanh(H) under --sera-bonus constant
+    sera_critic: Literal["offline", "current", "random"] = "offline"  # frozen at the switch, live, untrained
+    sera_scale: Literal["none", "dim"] = "none"  # the paper's formula, or states / dim and standardised q
 
     # ------------------------------ SAC arguments
-    learning_rate: float = 3e-4
-    """learning rate of policy, critics and temperature"""
-    hidden_dim: int = 256
-    """width of the hidden layers"""
-    actor_layers: int = 2
-    """hidden layers of the policy"""
-    critic_layers: int = 2
-    """hidden layers of a critic"""
+    learning_rate: float = 3e-4  # learning rate of policy, critics and temperature
+    hidden_dim: int = 256  # width of the hidden layers
+    actor_layers: int = 2  # hidden layers of the policy
+    critic_layers: int = 2  # hidden layers of a critic
 
 
-# What differs from the defaults, by the start of the data set's name; the longest start wins. The defaults are
+# What differs from the defaults, by the start of the data set's name; longer starts win. The defaults are
 # the SAC paper's; k of walker2d is the SERA paper's.
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 12_000, "online_steps": 8_000, "eval_every": 2_000},
@@ -178,25 +144,21 @@ class Actor(nn.Module):
 
 
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions tanh(u) with u = mean + std noise (..., a), and their exact log-density (...).
-
-    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)): the usual log(1 - a^2 + 1e-6) fails beyond |u| = 7.
-    """
+    """Actions tanh(u), u = mean + std noise (..., a), and their exact log-density (...), finite for any u."""
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    return torch.tanh(u), (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+    # log(1 - tanh(u)^2) in a form that holds for all u; the usual log(1 - a^2 + 1e-6) fails beyond |u| = 7
+    return torch.tanh(u), (log_normal - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
 
 
-def make_networks(observation_dim: int, action_dim: int, args: Args) -> tuple[nn.ModuleDict, dict]:
-    """All networks by name, and an optimiser under the name of each trained one."""
+def make_networks(observation_dim: int, action_dim: int, args: Args) -> tuple[nn.ModuleDict, Optimizer]:
+    """All networks by name, and the optimiser of the trained ones."""
     actor = Actor(observation_dim, action_dim, args.hidden_dim, args.actor_layers)
     critics = TwinCritics(observation_dim, action_dim, args.hidden_dim, args.critic_layers)
     networks = nn.ModuleDict({"actor": actor, "critics": critics, "target_critics": copy.deepcopy(critics)})
     networks["temperature"] = nn.ParameterDict({"log_alpha": torch.tensor(0.0)})
-    trained = {name: networks[name].parameters() for name in ("actor", "critics", "temperature")}
-    return networks, {
-        name: torch.optim.Adam(p, args.learning_rate, fused=True) for name, p in trained.items()
-    }
+    groups = [{"params": networks[name].parameters()} for name in ("actor", "critics", "temperature")]
+    return networks.to(args.device), torch.optim.Adam(groups, args.learning_rate, fused=True)
 
 
 def act(networks: nn.ModuleDict, observations: Tensor, deterministic: bool) -> Tensor:
@@ -215,34 +177,30 @@ def q_conditioned_entropy(observations: Tensor, q_values: Tensor, k: int, logs: 
     """The bare estimate H_i of eqs. (S1) to (S3), without scaling or tanh: (B, d), (B,) -> (B,).
 
     Up to a constant, d mean(H_i) - psi(k) is the KSG estimate (Kraskov et al. 2004) of the entropy of states
-    given their value, in nats; the paper prints "log 2 max(...)" but means log(2 max(...)). Neighbours are other
-    rows: ValueError unless 1 <= k < B. Duplicates are fine. logs, if given, takes numbers worth watching.
+    given their value, in nats. The paper prints "log 2 max(...)" but means log(2 max(...)). Neighbours are
+    other rows: ValueError unless 1 <= k < B. Duplicates are fine. logs, if given, takes numbers to watch.
     """
     batch_size, dimension = observations.shape
     if not 1 <= k < batch_size:
         raise ValueError(f"k is {k}, but {batch_size} rows allow 1 to {batch_size - 1}")
     observations = observations.to(torch.promote_types(observations.dtype, torch.float32))
-    # Exact distances: torch.cdist's matrix-product shortcut loses 10 to 30% on close neighbours. The very floats
-    # that set rho are compared in n, so that the k-th neighbour itself is not counted (KSG's strict <).
+    # Exact distances: cdist's matrix-product shortcut loses 10 to 30% on close neighbours. n compares the
+    # very floats that set rho, so that the k-th neighbour itself is not counted (KSG's strict <).
     q_distances = (q_values[:, None] - q_values[None, :]).abs().to(observations.dtype)
     distances = torch.cdist(observations, observations, compute_mode="donot_use_mm_for_euclid_dist")
     distances = torch.maximum(distances, q_distances).fill_diagonal_(torch.inf)
     radii = distances.topk(k, largest=False).values.amax(1).clamp_min(1e-6)  # of equal rows: log stays finite
     counts = (q_distances < radii[:, None]).sum(1) - 1  # the row itself is always among them
-    psi = torch.arange(
-        1, batch_size + 1, dtype=torch.float64, device=radii.device
-    ).digamma()  # psi[n] at n + 1
+    psi = torch.arange(1, batch_size + 1, dtype=torch.float64, device=radii.device).digamma()  # psi[n]: n + 1
     if logs is not None:
-        logs |= {"neighbours_mean": counts.float().mean(), "share_floored": (radii <= 1e-6).float().mean()}
+        logs["sera/neighbours_mean"] = counts.float().mean()
+        logs["sera/share_floored"] = (radii <= 1e-6).float().mean()
     return (psi[counts] / dimension).to(radii.dtype) + torch.log(2 * radii)
 
 
 @torch.no_grad()
 def sera_bonus(networks: nn.ModuleDict, batch: dict, live: Tensor, args: Args) -> tuple[Tensor, dict]:
-    """lambda tanh(H) for every row (B,), and numbers to log. Draws nothing at random.
-
-    live indexes the state dimensions that ever change, for --sera-scale dim: ant has 84 that do not.
-    """
+    """lambda tanh(H) for every row (B,), and numbers to log. live: the state dimensions that ever change."""
     observations, rewards, logs = batch["observations"], batch["rewards"], {}
     if args.sera_bonus == "constant":
         return torch.full_like(rewards, args.sera_coef * args.sera_constant), logs
@@ -252,12 +210,12 @@ def sera_bonus(networks: nn.ModuleDict, batch: dict, live: Tensor, args: Args) -
         q_values = state_value(networks, observations)
     else:  # one value for all: every row is a neighbour in q, and H the entropy of the state alone
         q_values = torch.zeros_like(rewards)
-    if args.sera_scale == "dim":  # as VCSE's SAC does
+    if args.sera_scale == "dim":  # as VCSE's SAC does; ant has 84 dimensions that never change
         observations = observations[:, live] / len(live)
         q_values = (q_values - q_values.mean()) / torch.sqrt(q_values.var(correction=0) + 1e-5)
     bonus = torch.tanh(q_conditioned_entropy(observations, q_values, args.sera_k, logs))
-    logs |= {"bonus_mean": bonus.mean(), "bonus_sd": bonus.std()}
-    logs["share_above_0.95"] = (bonus > 0.95).float().mean()
+    logs |= {"sera/bonus_mean": bonus.mean(), "sera/bonus_sd": bonus.std()}
+    logs["sera/share_above_0.95"] = (bonus > 0.95).float().mean()
     return args.sera_coef * bonus, logs
 
 
@@ -270,7 +228,7 @@ def algorithm_columns(transitions: dict[str, np.ndarray], args: Args) -> dict[st
     return {}
 
 
-def update(networks: nn.ModuleDict, optimizers: dict, batch: dict, args: Args) -> dict[str, Tensor]:
+def update(networks: nn.ModuleDict, optimizer: Optimizer, batch: dict, args: Args) -> dict:
     """One step of every network on one batch; returns what to log, left on the device."""
     actor, critics, target_critics = networks["actor"], networks["critics"], networks["target_critics"]
     log_alpha = networks["temperature"]["log_alpha"]
@@ -279,9 +237,7 @@ def update(networks: nn.ModuleDict, optimizers: dict, batch: dict, args: Args) -
 
     with torch.no_grad():  # target, eq. (1)
         next_mean, next_log_std = actor(next_observations)
-        next_actions, next_log_prob = squash(
-            next_mean, next_log_std, torch.randn_like(next_mean)
-        )  # (B, a), (B,)
+        next_actions, next_log_prob = squash(next_mean, next_log_std, torch.randn_like(next_mean))
         next_q = target_critics(next_observations, next_actions).amin(0) - log_alpha.exp() * next_log_prob
         target_q = batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_q  # (B,)
 
@@ -299,18 +255,16 @@ def update(networks: nn.ModuleDict, optimizers: dict, batch: dict, args: Args) -
     actor_loss = (log_alpha.detach().exp() * log_prob - policy_q).mean()
     alpha_loss = -(log_alpha * (log_prob.detach() - actions.shape[1])).mean()
 
-    # The losses share no parameter, so one backward pass serves them all; each has seen the networks as they
-    # were before this update.
-    for optimizer in optimizers.values():
-        optimizer.zero_grad()
+    # The losses share no parameter, so one backward pass and one optimiser step serve them all; each has seen
+    # the networks as they were before this update.
+    optimizer.zero_grad()
     (critic_loss + actor_loss + alpha_loss).backward()
-    for optimizer in optimizers.values():
-        optimizer.step()
+    optimizer.step()
     with torch.no_grad():
         torch._foreach_lerp_(list(target_critics.parameters()), list(critics.parameters()), args.tau)
     logs = {"td": critic_loss, "actor": actor_loss, "entropy": -log_prob.mean(), "alpha": log_alpha.exp()}
     logs |= {"q_data": q_values.mean(), "q_policy": policy_q.mean()}
-    return {name: value.detach() for name, value in logs.items()}
+    return {f"losses/{name}": value.detach() for name, value in logs.items()}
 
 
 # ------------------------------ data (shared)
@@ -324,16 +278,15 @@ TASKS = {
 }
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 MIRROR = "huggingface.co/datasets/imone/D4RL"  # named in errors, never fetched: its layout is unchecked
-# Every known data set and its file on the server; v0 has no full-replay and calls medium-replay "mixed".
-KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay")
+# Every known data set and its file; v0 has no full-replay and calls medium-replay "mixed".
 DATASETS = {"hopper-medium-mini": "data/hopper-medium-mini.hdf5"}  # comes with the repository
-DATASETS["ant-random-expert-v0"] = "gym_mujoco/ant_random_expert.hdf5"
+KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay")
 for task, kind in itertools.product(TASKS, KINDS):
     file = f"{task}_{kind.replace('-', '_')}"
     DATASETS |= {f"{task}-{kind}-v{v}": f"gym_mujoco_v{v}/{file}-v{v}.hdf5" for v in (1, 2)}
     file = file.replace("medium_replay", "mixed").replace("walker2d_mixed", "walker_mixed")
     DATASETS |= {f"{task}-{kind}-v0": f"gym_mujoco/{file}.hdf5"} if kind != "full-replay" else {}
-COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "dones")
+DATASETS["ant-random-expert-v0"] = "gym_mujoco/ant_random_expert.hdf5"
 
 
 def find_task(env: str) -> Task:
@@ -347,58 +300,51 @@ def find_task(env: str) -> Task:
 
 
 def find_dataset(env: str, dataset_path: str | None = None) -> Path:
-    """The HDF5 file: dataset_path, else bundled, else in D4RL's cache folder, else downloaded into that.
-
-    FileNotFoundError, saying what was tried, if there is none; a download is a .part file until it is whole.
-    """
+    """The HDF5 file: dataset_path, else bundled, else in D4RL's cache folder, else downloaded into that."""
     find_task(env)
-    if dataset_path or DATASETS[env].startswith("data/"):
-        path = Path(dataset_path or Path(__file__).resolve().parent / DATASETS[env])
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no data file {path}: name one with --dataset-path")
-        return path
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    url, path = f"{SERVER}/{DATASETS[env]}", cache / Path(DATASETS[env]).name
-    if not path.is_file():
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(30)
-            torch.hub.download_url_to_file(url, str(part))
-            h5py.File(part).close()  # refuses a truncated file
-            os.replace(part, path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            tried = f"could not download {env} ({error}), tried {url}"
-            fix = f"put {path.name} into {cache} (a mirror is {MIRROR}) or use --dataset-path"
-            raise FileNotFoundError(f"{tried}: {fix}") from None
-    return path
+    bundled = DATASETS[env].startswith("data/")
+    path = Path(__file__).resolve().parent / DATASETS[env] if bundled else cache / Path(DATASETS[env]).name
+    path = Path(dataset_path) if dataset_path else path
+    if path.is_file():
+        return path
+    if dataset_path or bundled:
+        raise FileNotFoundError(f"there is no data file {path}: name one with --dataset-path")
+    url, part = f"{SERVER}/{DATASETS[env]}", path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)
+        torch.hub.download_url_to_file(url, str(part))
+        h5py.File(part).close()  # refuses a truncated file
+        return part.rename(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        tried = f"could not download {env} ({error}), tried {url}"
+        fix = f"put {path.name} into {cache} (a mirror is {MIRROR}) or use --dataset-path"
+        raise FileNotFoundError(f"{tried}: {fix}") from None
 
 
 def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray]:
     """The transitions of a data set: exactly those of d4rl.qlearning_dataset, in the order of the file.
 
-    observations (N, d), actions (N, a), rewards (N,), next_observations (N, d) in float32; terminals, dones (N,)
-    in bool. Time-out rows and the file's last row are left out: the state after them is not stored. terminals
-    stop the bootstrap; dones marks the last kept row of a trajectory, whatever ended it. A terminal row's next
-    observation is the next episode's first: never use it unmasked. ValueError or FileNotFoundError, in one
-    sentence, for a file that is missing, unreadable or does not suit the environment.
+    observations (N, d), actions (N, a), rewards (N,), next_observations (N, d) float32; terminals, dones (N,)
+    bool. Time-out rows and the last row are left out: the state after them is not stored. terminals stop the
+    bootstrap; dones marks a trajectory's last kept row, whatever ended it. The next observation of a terminal
+    is the next episode's first: use it masked only. ValueError or FileNotFoundError for an unusable file.
     """
     task, path = find_task(env), find_dataset(env, dataset_path)
     widths = {"observations": (task.observation_dim,), "actions": (task.action_dim,)}
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
     try:
         with h5py.File(path) as file:
-            names = ("observations", "actions", "rewards", "terminals", "timeouts")
-            missing = [name for name in names if not isinstance(file.get(name), h5py.Dataset)]
-            raw = {name: np.asarray(file[name]) for name in names if not missing}
+            raw = {name: np.asarray(file[name]) for name in names if isinstance(file.get(name), h5py.Dataset)}
     except OSError as error:
         raise ValueError(f"{path} cannot be read as HDF5 ({error}): fetch it again") from None
-    if missing:
-        raise ValueError(f"{path} has no {' and no '.join(missing)}: give a file in D4RL's format")
-    for name, array in raw.items():
-        shape = raw["observations"].shape[:1] + widths.get(name, ())
-        if array.shape == (*shape, 1):  # v1 medium-replay stores rewards as (N, 1)
-            array = array[:, 0]
+    for name in names:
+        if name not in raw:
+            raise ValueError(f"{path} has no array '{name}': give a file in D4RL's format")
+        array, shape = raw[name], raw["observations"].shape[:1] + widths.get(name, ())
+        array = array[:, 0] if array.shape == (*shape, 1) else array  # v1 medium-replay has rewards (N, 1)
         if array.shape != shape or len(array) < 2 or array.dtype.kind not in "fbiu":
             raise ValueError(f"{name} in {path} is {array.dtype} {array.shape}: {env} needs numbers, {shape}")
         if not np.isfinite(array).all():
@@ -416,16 +362,15 @@ def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray
 
 
 class ReplayBuffer:
-    """Rows as the networks see them, on the training device: the data set's, then online ones as they come."""
+    """Rows as the networks see them, on the training device: the data set's, then online ones."""
 
-    def __init__(self, data: dict | None, online_capacity: int, device: torch.device, args: Args):
-        self.args, self.device, self.columns, self.size = args, device, {}, 0
+    def __init__(self, data: dict[str, np.ndarray] | None, args: Args):
+        self.args, self.columns, self.size, self.capacity = args, {}, 0, args.online_steps
         self.mean, self.std = np.float64(0), np.float64(1)  # from scratch there is nothing to normalise by
-        self.capacity = online_capacity
         if data is not None:
+            self.capacity += len(data["rewards"])
             self.mean = data["observations"].mean(0, dtype=np.float64)
             self.std = data["observations"].std(0, dtype=np.float64) + 1e-3
-            self.capacity += len(data["observations"])
             self.append(data)
         self.offline_size = self.size
 
@@ -433,35 +378,33 @@ class ReplayBuffer:
         return ((observations - self.mean) / self.std).astype(np.float32)
 
     def append(self, transitions: dict[str, np.ndarray]) -> None:
-        """Add whole trajectories or single transitions, named as in load_d4rl: data set and online alike."""
+        """Add transitions, named as by load_d4rl; the one way in for data-set and online rows."""
         rows = {name: transitions[name].astype(np.float32) for name in ("rewards", "terminals")}
         rows |= {name: self.normalize(transitions[name]) for name in ("observations", "next_observations")}
         rows["actions"] = transitions["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # a tanh has no density at 1
         self.write(rows | algorithm_columns(transitions, self.args))
 
-    def write(self, rows: dict[str, np.ndarray | Tensor]) -> None:
-        end = self.size + len(rows["rewards"])
+    def write(self, rows: dict) -> None:
+        start, self.size = self.size, self.size + len(rows["rewards"])
         for name, column in rows.items():
             if name not in self.columns:
-                self.columns[name] = torch.zeros(self.capacity, *column.shape[1:], device=self.device)
-            self.columns[name][self.size : end] = torch.as_tensor(column)
-        self.size = end
+                self.columns[name] = torch.zeros(self.capacity, *column.shape[1:], device=self.args.device)
+            self.columns[name][start : self.size] = torch.as_tensor(column)
 
     def sample(self, offline_rows: int, online_rows: int) -> dict[str, Tensor]:
         """A batch of copies, drawn on the device with replacement, data-set rows first."""
         ranges = (0, self.offline_size, offline_rows), (self.offline_size, self.size, online_rows)
-        indices = torch.cat(
-            [torch.randint(low, high, (n,), device=self.device) for low, high, n in ranges if n]
-        )
+        draws = [torch.randint(low, high, (n,), device=self.args.device) for low, high, n in ranges if n]
+        indices = torch.cat(draws)
         return {name: column[indices] for name, column in self.columns.items()}
 
 
 # ------------------------------ environment (shared)
 def use_d4rl_physics(env: gymnasium.Env) -> None:
-    """Give a MujocoEnv the inertias and contact margins of D4RL's MuJoCo (before 2.1.2), in place.
+    """Give a MujocoEnv the inertias and margins of D4RL's MuJoCo (before 2.1.2), in place.
 
-    A capsule of radius r and half length h weighed as a cylinder of length 2h + r then, so compile that. And since
-    3.5.0 the margins of two touching geoms add up, where the larger one used to count.
+    There a capsule of radius r and half length h weighed as a cylinder of length 2h + r, so compile that; and
+    of the margins of two touching geoms the larger counted, where since 3.5.0 they add up.
     """
     spec = mujoco.MjSpec.from_file(env.fullpath)
     for geom in spec.geoms:
@@ -482,11 +425,9 @@ def use_d4rl_physics(env: gymnasium.Env) -> None:
 
 
 def make_env(env: str, physics: str = "d4rl", render_mode: str | None = None) -> gymnasium.Env:
-    """The environment of a D4RL data set: Gymnasium's -v4 (-v5 changed rewards) with D4RL's physics.
+    """A data set's environment: Gymnasium's -v4 (-v5 changed rewards) with actions clipped to [-1, 1].
 
-    Actions are clipped to [-1, 1], as D4RL does. ant's 27 dimensions are followed by the 84 zeros that D4RL's data
-    hold where contact forces should be. physics="gymnasium" leaves the model as shipped. ValueError for an unknown
-    id or physics.
+    physics="d4rl" or, for the model as shipped, "gymnasium"; ValueError for another, or for an unknown id.
     """
     task = find_task(env)
     if physics not in ("d4rl", "gymnasium"):
@@ -497,10 +438,10 @@ def make_env(env: str, physics: str = "d4rl", render_mode: str | None = None) ->
         made = gymnasium.make(task.env_id, render_mode=render_mode, disable_env_checker=True)
         if physics == "d4rl":
             use_d4rl_physics(made.unwrapped)
-    space, zeros = made.observation_space, (0, task.observation_dim - made.observation_space.shape[0])
-    if zeros[1]:
-        space = gymnasium.spaces.Box(np.pad(space.low, zeros), np.pad(space.high, zeros), dtype=space.dtype)
-        made = gymnasium.wrappers.TransformObservation(made, lambda s: np.pad(s, zeros), space)
+    space, pad = made.observation_space, (0, task.observation_dim - made.observation_space.shape[0])
+    if pad[1]:  # ant: in D4RL's data 84 zeros follow the 27 dimensions, in place of contact forces
+        space = gymnasium.spaces.Box(np.pad(space.low, pad), np.pad(space.high, pad), dtype=space.dtype)
+        made = gymnasium.wrappers.TransformObservation(made, lambda s: np.pad(s, pad), space)
     return gymnasium.wrappers.ClipAction(made)
 
 
@@ -511,11 +452,8 @@ def normalized_score(env: str, returns: float | np.ndarray) -> float | np.ndarra
     return 100 * (np.asarray(returns) - task.random_return) / (task.expert_return - task.random_return)
 
 
-def evaluate(policy: Callable, envs: list[gymnasium.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (E,) and lengths (E,) of one episode in each environment, all stepped together.
-
-    policy maps raw observations (E, d) to actions (E, a); the seeds fix the start states.
-    """
+def evaluate(policy, envs: list[gymnasium.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (E,) and lengths (E,) of an episode in each environment; policy: (E, d) -> actions (E, a)."""
     observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), dtype=int), list(range(len(envs)))
     while running:
@@ -530,24 +468,25 @@ def evaluate(policy: Callable, envs: list[gymnasium.Env], seeds: list[int]) -> t
 
 
 def summary(evals: list[tuple]) -> str:
-    """Offline score, dip and final score, a line each, from the rows of evals.csv; all are means over episodes."""
+    """Offline score, dip and final score, a line each, from the rows of evals.csv: means over episodes."""
     groups = itertools.groupby(evals, key=lambda row: row[:2])
-    scores = [(phase, step, np.mean([row[-1] for row in rows])) for (phase, step), rows in groups]
+    scores = [(*key, np.mean([row[-1] for row in rows])) for key, rows in groups]
     final = scores[-1][-1]
-    online = [score for phase, step, score in scores if phase == "online" and step <= 50_000] or [final]
-    dip = f"{online[0] - min(online):5.1f}  (to {min(online):.1f}, within the first 50,000 online steps)"
-    return f"offline score {online[0]:5.1f}\ndip           {dip}\nfinal score   {final:5.1f}"
+    early = [score for phase, step, score in scores if phase == "online" and step <= 50_000] or [final]
+    dip = f"{early[0] - min(early):.1f}  (to {min(early):.1f}, within the first 50,000 online steps)"
+    return f"offline score  {early[0]:.1f}\ndip            {dip}\nfinal score    {final:.1f}"
 
 
 # ------------------------------ checkpoint (shared)
 def save_checkpoint(path: Path, state: SimpleNamespace, args: Args) -> None:
     """Write to a temporary file, then rename: a crash leaves the previous checkpoint whole."""
-    buffer, online = state.buffer, slice(state.buffer.offline_size, state.buffer.size)
-    checkpoint = {"script": Path(__file__).stem, "args": asdict(args)}
+    buffer, checkpoint = state.buffer, {"script": Path(__file__).stem, "args": asdict(args)}
     checkpoint |= {"phase": state.phase, "step": state.step, "evals": state.evals}
-    for part in ("networks", "bonus_networks", "optimizers"):
-        checkpoint[part] = {name: value.state_dict() for name, value in getattr(state, part).items()}
+    for part in ("networks", "bonus_networks"):
+        checkpoint[part] = {name: network.state_dict() for name, network in getattr(state, part).items()}
+    checkpoint["optimizer"] = state.optimizer.state_dict()
     checkpoint["normalizer"] = {"mean": torch.as_tensor(buffer.mean), "std": torch.as_tensor(buffer.std)}
+    online = slice(buffer.offline_size, buffer.size)
     checkpoint["online_rows"] = {name: column[online].clone() for name, column in buffer.columns.items()}
     checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     torch.save(checkpoint, path.with_suffix(".tmp"))
@@ -558,22 +497,19 @@ def load_checkpoint(path: Path, state: SimpleNamespace) -> None:
     """Put a checkpoint into a freshly made state; the environment will start a new episode."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     state.phase, state.step, state.evals = (checkpoint[name] for name in ("phase", "step", "evals"))
-    for part in ("networks", "bonus_networks", "optimizers"):
+    for part in ("networks", "bonus_networks"):
         for name, saved in checkpoint[part].items():
             getattr(state, part)[name].load_state_dict(saved)
-    state.buffer.mean, state.buffer.std = (checkpoint["normalizer"][name].numpy() for name in ("mean", "std"))
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    state.buffer.mean, state.buffer.std = (value.numpy() for value in checkpoint["normalizer"].values())
     state.buffer.write(checkpoint["online_rows"])
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
 
 
 # ------------------------------ main (shared)
-LOG_EVERY = 500  # steps between TensorBoard rows, the only moments when an update's numbers leave the device
-EVAL_COLUMNS = ("phase", "step", "episode", "return", "length", "normalized_score")
-
-
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Defaults, then the preset of --env (or a resumed run's arguments), then what the user passes, checked."""
+    """Defaults, then the preset of --env (or a resumed run's arguments), then the user's, all checked."""
     first, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)  # a first look at --env
     defaults = {}
     for start in sorted(PRESETS, key=len):
@@ -583,21 +519,22 @@ def parse_args(argv: list[str] | None = None) -> Args:
             raise ValueError(f"--resume needs a --run-dir that holds a checkpoint.pt, not {first.run_dir}")
         defaults = json.loads(Path(first.run_dir, "config.json").read_text())["args"]
     args = tyro.cli(Args, args=argv, default=Args(**defaults))
-    least = dict.fromkeys(("offline_steps", "online_steps", "random_steps", "seed"), 0)
-    least |= dict.fromkeys(("eval_every", "eval_episodes", "checkpoint_every", "batch_size", "sera_k"), 1)
-    for name, value in vars(args).items():
-        if name in least and (value < least[name] or not float(value).is_integer()):
-            fix = f"give a whole number of at least {least[name]}"
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: {fix}")
-        if name in ("gamma", "tau", "mixing_ratio") and not 0 <= value <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: give a number from 0 to 1")
-        setattr(args, name, int(value) if name in least else value)  # 1e6 becomes 1000000
+    for field in fields(Args):
+        value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
+        if type(field.default) is int:  # 1e6 is fine, and becomes 1000000
+            least = 0 if field.name.endswith(("_steps", "seed")) else 1
+            if value < least or not float(value).is_integer():
+                raise ValueError(f"{flag} is {value}: give a whole number of at least {least}")
+            setattr(args, field.name, int(value))
+        if field.name in ("gamma", "tau", "mixing_ratio") and not 0 <= value <= 1:
+            raise ValueError(f"{flag} is {value}: give a number from 0 to 1")
     if args.offline_steps + args.online_steps == 0:
         raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
     if args.sera_coef and args.sera_bonus != "constant" and args.sera_k >= args.batch_size:
         raise ValueError(f"--sera-k is {args.sera_k}: give less than --batch-size {args.batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no GPU here: use --device cpu or auto")
+    args.device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     return args
 
 
@@ -608,43 +545,38 @@ def set_up(args: Args) -> SimpleNamespace:
     run_dir = Path(args.run_dir or f"runs/{run_name}")
     if (run_dir / "config.json").exists() and not args.resume:
         raise ValueError(f"--run-dir {run_dir} already holds a run: add --resume, or name another folder")
-    run_dir.mkdir(parents=True, exist_ok=True)
     config = {"script": script.stem, "data_id": args.env, "env_id": task.env_id, "physics": args.physics}
     data = None
     if args.offline_steps or args.mixing_ratio:
         data, path = load_d4rl(args.env, args.dataset_path), find_dataset(args.env, args.dataset_path)
         config |= {"data_file": str(path), "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    packages = ("torch", "gymnasium", "mujoco", "numpy", "h5py", "tyro", "tensorboard")
-    config["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    config["versions"]["python"] = sys.version.split()[0]
-    git = subprocess.run(["git", "-C", script.parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-    config |= {"git_commit": git.stdout.strip() or None, "args": asdict(args)}
-
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    networks, optimizers = make_networks(task.observation_dim, task.action_dim, args)
-    networks.to(device)
     # All that training changes, in one place, so that a checkpoint is whole. step counts within the phase.
-    state = SimpleNamespace(networks=networks, optimizers=optimizers, phase="offline", step=0, evals=[])
-    state.bonus_networks = networks if args.sera_critic == "current" else copy.deepcopy(networks)
-    state.buffer = ReplayBuffer(data, args.online_steps, device, args)
+    state = SimpleNamespace(run_dir=run_dir, phase="offline", step=0, evals=[])
+    state.networks, state.optimizer = make_networks(task.observation_dim, task.action_dim, args)
+    frozen = args.sera_critic != "current"
+    state.bonus_networks = copy.deepcopy(state.networks) if frozen else state.networks
+    state.buffer = ReplayBuffer(data, args)
     if args.resume:
         load_checkpoint(run_dir / "checkpoint.pt", state)
-    state.run_dir, state.env = run_dir, make_env(args.env, args.physics)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    state.env = make_env(args.env, args.physics)
     state.eval_envs = [make_env(args.env, args.physics) for _ in range(args.eval_episodes)]
     if args.capture_video:
         filmed = make_env(args.env, args.physics, render_mode="rgb_array")
-        state.eval_envs[0] = gymnasium.wrappers.RecordVideo(
-            filmed, str(run_dir / "videos"), lambda episode: True
-        )
+        state.eval_envs[0] = gymnasium.wrappers.RecordVideo(filmed, str(run_dir / "videos"), lambda _: True)
     if args.track:
         import wandb
 
         wandb.init(project="sera", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+    packages = ("torch", "gymnasium", "mujoco", "numpy", "h5py", "tyro", "tensorboard")
+    versions = {"python": sys.version.split()[0]} | {package: version(package) for package in packages}
+    git = subprocess.run(["git", "-C", script.parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    config |= {"versions": versions, "git_commit": git.stdout.strip() or None, "args": asdict(args)}
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    rows = f"{state.buffer.offline_size:,} rows"
-    print(f"{args.env} ({rows}) in {task.env_id} with {args.physics} physics, on {device}, into {run_dir}")
-    print(", ".join(f"{name} {version}" for name, version in config["versions"].items()))
+    rows = state.buffer.offline_size
+    print(f"{args.env}, {rows:,} rows; {task.env_id} with {args.physics} physics; on {args.device}")
+    print(", ".join(f"{package} {number}" for package, number in versions.items()), f"\nwriting to {run_dir}")
     if args.sera_coef and args.sera_critic == "offline" and not args.offline_steps:
         print("no offline steps: SERA's frozen critics are untrained ones, as under --sera-critic random")
     return state
@@ -652,88 +584,79 @@ def set_up(args: Args) -> SimpleNamespace:
 
 def train(args: Args, state: SimpleNamespace) -> None:
     """The offline phase, the switch and the online phase, with evaluations, logs and checkpoints."""
-    networks, buffer, env = state.networks, state.buffer, state.env
-    space = env.observation_space
-    live = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(buffer.device)
-
-    def total_step() -> int:
-        return state.step + (args.offline_steps if state.phase == "online" else 0)
+    networks, buffer, env, space = state.networks, state.buffer, state.env, state.env.observation_space
+    live = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(args.device)
 
     def policy(observations: np.ndarray, deterministic: bool = True) -> np.ndarray:
         with torch.no_grad():
-            inputs = torch.from_numpy(buffer.normalize(observations)).to(buffer.device)
+            inputs = torch.from_numpy(buffer.normalize(observations)).to(args.device)
             return act(networks, inputs, deterministic).cpu().numpy()
 
     def run_evaluation() -> None:
         # The start states depend on phase and step alone: new at each evaluation, the same in every run.
-        seeds = np.random.SeedSequence([state.phase == "online", state.step]).generate_state(
-            args.eval_episodes
-        )
+        sequence = np.random.SeedSequence([state.phase == "online", state.step])
+        seeds = sequence.generate_state(args.eval_episodes)
         returns, lengths = evaluate(policy, state.eval_envs, seeds.tolist())
         scores = normalized_score(args.env, returns)
-        for episode, row in enumerate(zip(returns.tolist(), lengths.tolist(), scores.tolist())):
-            state.evals.append((state.phase, state.step, episode, *row))
-        with open(state.run_dir / "evals.csv", "w", newline="") as file:
-            csv.writer(file).writerows([EVAL_COLUMNS, *state.evals])
+        rows = zip(itertools.count(), returns.tolist(), lengths.tolist(), scores.tolist())
+        state.evals += [(state.phase, state.step, *row) for row in rows]
+        with open(state.run_dir / "evals.csv", "w") as file:
+            file.write("phase,step,episode,return,length,normalized_score\n")
+            file.writelines(",".join(map(str, row)) + "\n" for row in state.evals)
         for name, values in (("return", returns), ("length", lengths), ("normalized_score", scores)):
-            writer.add_scalar(f"eval/{name}", values.mean(), total_step())
+            writer.add_scalar(f"eval/{name}", values.mean(), before + state.step)
         progress.set_postfix(score=f"{scores.mean():.1f}")
 
-    writer = SummaryWriter(state.run_dir, purge_step=total_step() + 1 if args.resume else None)
-    from_scratch = args.offline_steps == 0 and args.mixing_ratio == 0
-    observation, episode_return, pending = None, 0.0, []
+    before = args.offline_steps if state.phase == "online" else 0
+    writer = SummaryWriter(state.run_dir, purge_step=before + state.step + 1 if args.resume else None)
+    random_steps, pending = 0 if args.offline_steps or args.mixing_ratio else args.random_steps, []
     for phase, steps in (("offline", args.offline_steps), ("online", args.online_steps)):
         if phase == "online" and state.phase == "offline":  # the switch: networks and optimisers simply go on
-            state.phase, state.step = "online", 0
+            state.phase, state.step, before = "online", 0, args.offline_steps
             if args.sera_critic == "offline":
                 state.bonus_networks.load_state_dict(networks.state_dict())
         if state.phase != phase or state.step >= steps:
             continue
-        progress = tqdm(
-            total=steps, initial=state.step, desc=phase, unit="step", mininterval=1, dynamic_ncols=True
-        )
-        if phase == "online" and state.step == 0:
-            run_evaluation()
+        progress = tqdm(total=steps, initial=state.step, desc=phase, unit=" steps", mininterval=1)
+        if phase == "online":
+            observation, _ = env.reset(seed=args.seed + state.step)
+            if state.step == 0:
+                run_evaluation()
         while state.step < steps:
             state.step += 1
-            warming_up = from_scratch and state.step <= args.random_steps
             if phase == "online":
-                if observation is None:
-                    observation, _ = env.reset(seed=args.seed + state.step - 1)
-                if warming_up:
+                if state.step <= random_steps:
                     action = (torch.rand(env.action_space.shape) * 2 - 1).numpy()
                 else:
                     action = policy(observation[None], deterministic=False)[0]
                 next_observation, reward, terminated, truncated, _ = env.step(action)
                 done = terminated or truncated
                 pending.append((observation, action, reward, next_observation, terminated, done))
-                observation, episode_return = next_observation, episode_return + reward
+                observation = next_observation
                 if done or not ROWS_WAIT_FOR_EPISODE_END:
-                    buffer.append({name: np.array(column) for name, column in zip(COLUMNS, zip(*pending))})
+                    names = ("observations", "actions", "rewards", "next_observations", "terminals", "dones")
+                    buffer.append({name: np.array(column) for name, column in zip(names, zip(*pending))})
                     pending = []
                 if done:
-                    writer.add_scalar("charts/episodic_return", episode_return, total_step())
-                    (observation, _), episode_return = env.reset(), 0.0
+                    observation, _ = env.reset()
 
-            offline_rows = round(args.batch_size * (args.mixing_ratio if phase == "online" else 1))
-            online_rows = args.batch_size - offline_rows
-            if buffer.size - buffer.offline_size < online_rows and offline_rows:
-                offline_rows, online_rows = args.batch_size, 0  # until online rows can fill their share
+            online_rows = args.batch_size - round(args.batch_size * args.mixing_ratio)
+            enough = buffer.size - buffer.offline_size >= online_rows
+            if phase == "offline" or (args.mixing_ratio and not enough):
+                online_rows, enough = 0, True
             logs = {}
-            if buffer.size - buffer.offline_size >= online_rows and not warming_up:
-                batch = buffer.sample(offline_rows, online_rows)
+            if enough and state.step > random_steps:
+                batch = buffer.sample(args.batch_size - online_rows, online_rows)
                 if phase == "online" and args.sera_coef:
-                    bonus, sera_logs = sera_bonus(state.bonus_networks, batch, live, args)
+                    bonus, logs = sera_bonus(state.bonus_networks, batch, live, args)
                     batch["rewards"] = batch["rewards"] + bonus  # in this batch: the buffer keeps its rewards
-                    logs |= {f"sera/{name}": value for name, value in sera_logs.items()}
-                update_logs = update(networks, state.optimizers, batch, args)
-                logs |= {f"losses/{name}": value for name, value in update_logs.items()}
+                logs |= update(networks, state.optimizer, batch, args)
 
             progress.update()
-            if state.step % LOG_EVERY == 0 or state.step == steps:
+            if state.step % 500 == 0 or state.step == steps:  # only now do the numbers leave the device
                 logs["charts/SPS"] = progress.format_dict["rate"] or 0.0
                 for name, value in logs.items():
-                    writer.add_scalar(name, float(value), total_step())
+                    writer.add_scalar(name, float(value), before + state.step)
             if state.step % args.eval_every == 0 or state.step == steps:
                 run_evaluation()
             if state.step % args.checkpoint_every == 0 or state.step == steps:

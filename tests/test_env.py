@@ -1,0 +1,297 @@
+"""D4RL's physics, the environments around it, and the evaluation."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium
+import h5py
+import mujoco
+import numpy as np
+import pytest
+
+import calql_sera
+
+ENVS = ("hopper-medium-v2", "walker2d-medium-v2", "halfcheetah-medium-v2", "ant-medium-v2")
+MODEL_ARRAYS = ("body_mass", "body_inertia", "body_ipos", "body_iquat", "geom_margin", "body_subtreemass")
+
+
+def shipped(env_id):
+    """Gymnasium's own environment."""
+    mujoco.set_mju_user_warning(lambda message: None)  # else C code writes a file into the working directory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return gymnasium.make(env_id).unwrapped
+
+
+def step_from_start(env, action):
+    """Observation and reward after one step from a fixed start."""
+    env.reset(seed=3)
+    observation, reward, *_ = env.step(action)
+    return observation, reward
+
+
+# ------------------------------ masses and margins
+def test_hopper_torso():
+    """A capsule of r 0.05, h 0.2 counts as a cylinder of length 0.45, with numbers worked out by hand."""
+    model = calql_sera.make_env("hopper-medium-v2").unwrapped.model
+    torso = model.body("torso").id
+    axial, *transverse = np.sort(model.body_inertia[torso])
+    assert model.body_mass[torso] == pytest.approx(3.5342917, abs=1e-7)
+    assert transverse == pytest.approx([0.0618501, 0.0618501], abs=1e-7)
+    assert axial == pytest.approx(0.0044179, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("env", "physics", "total"),
+    [
+        ("hopper-medium-v2", "d4rl", 15.265),
+        ("walker2d-medium-v2", "d4rl", 22.698),
+        ("halfcheetah-medium-v2", "d4rl", 14.000),
+        ("ant-medium-v2", "d4rl", 0.8787),
+        ("hopper-medium-v2", "gymnasium", 15.820),
+        ("walker2d-medium-v2", "gymnasium", 23.677),
+        ("halfcheetah-medium-v2", "gymnasium", 14.000),
+        ("ant-medium-v2", "gymnasium", 0.9109),
+    ],
+)
+def test_total_mass(env, physics, total):
+    """The whole robot weighs what it did in D4RL's MuJoCo, or what it weighs as shipped."""
+    model = calql_sera.make_env(env, physics).unwrapped.model
+    assert model.body_mass.sum() == pytest.approx(total, abs=5e-5 if total < 1 else 5e-4)
+
+
+@pytest.mark.parametrize(("env", "density"), [(ENVS[0], 1000), (ENVS[1], 1000), (ENVS[3], 5)])
+def test_bodies_of_one_capsule(env, density):
+    """m = rho pi r^2 L, I = m (3 r^2 + L^2) / 12 and m r^2 / 2, L = 2 h + r, on every body of one capsule."""
+    model, compared = calql_sera.make_env(env).unwrapped.model, 0
+    for body in range(1, model.nbody):
+        geoms = np.flatnonzero(model.geom_bodyid == body)
+        if len(geoms) == 1 and model.geom_type[geoms[0]] == mujoco.mjtGeom.mjGEOM_CAPSULE:
+            r, h, _ = model.geom_size[geoms[0]]
+            length = 2 * h + r
+            mass = density * np.pi * r**2 * length
+            transverse, axial = mass * (3 * r**2 + length**2) / 12, mass * r**2 / 2
+            inertia = sorted([transverse, transverse, axial])
+            assert model.body_mass[body] == pytest.approx(mass, rel=1e-9)
+            np.testing.assert_allclose(np.sort(model.body_inertia[body]), inertia, rtol=1e-9)
+            np.testing.assert_allclose(model.body_ipos[body], model.geom_pos[geoms[0]], atol=1e-12)
+            compared += 1
+    assert compared == {ENVS[0]: 4, ENVS[1]: 7, ENVS[3]: 12}[env]
+
+
+@pytest.mark.parametrize("env", ENVS)
+def test_margins_and_constants(env):
+    """Margins are half of those shipped, shapes are as shipped, derived constants are up to date."""
+    env = calql_sera.make_env(env)
+    model, original = env.unwrapped.model, shipped(env.spec.id).model
+    np.testing.assert_array_equal(model.geom_margin, original.geom_margin / 2)
+    assert original.geom_margin.max() == {"Hopper-v4": 0.001, "Ant-v4": 0.01}.get(env.spec.id, 0)
+    for name in ("geom_size", "geom_type", "geom_pos", "geom_friction", "body_pos"):
+        np.testing.assert_array_equal(getattr(model, name), getattr(original, name))
+    assert model.body_subtreemass[0] == pytest.approx(model.body_mass.sum())
+    assert not np.array_equal(model.body_invweight0, original.body_invweight0)
+
+
+@pytest.mark.parametrize("env", ENVS)
+def test_gymnasium_physics(env):
+    """physics="gymnasium" leaves the model as shipped, and the default does not."""
+    made, patched = calql_sera.make_env(env, "gymnasium"), calql_sera.make_env(env).unwrapped.model
+    model, original = made.unwrapped.model, shipped(made.spec.id).model
+    for name in MODEL_ARRAYS:
+        np.testing.assert_array_equal(getattr(model, name), getattr(original, name))
+    assert not np.array_equal(patched.body_inertia, original.body_inertia)
+
+
+def test_unknown_names():
+    """ValueError, naming it, for an unknown physics mode or data set."""
+    with pytest.raises(ValueError, match="mujoco-py"):
+        calql_sera.make_env("hopper-medium-v2", "mujoco-py")
+    with pytest.raises(ValueError, match="hopper-medum-v2"):
+        calql_sera.make_env("hopper-medum-v2")
+
+
+# ------------------------------ around the physics
+@pytest.mark.parametrize("env", ENVS)
+def test_actions_are_clipped(env):
+    """Actions beyond +-1 give the same next state and the same reward as +-1, control cost included."""
+    env = calql_sera.make_env(env)
+    signs = (-1.0) ** np.arange(env.action_space.shape[0])
+    edge, beyond, within = (step_from_start(env, (scale * signs).astype(np.float32)) for scale in (1, 7, 0.9))
+    np.testing.assert_array_equal(beyond[0], edge[0])
+    assert beyond[1] == edge[1]
+    assert not np.array_equal(within[0], edge[0])
+    assert within[1] != edge[1]
+
+
+@pytest.mark.parametrize("env", ENVS)
+def test_shapes_and_horizon(env):
+    """Observations and actions have the data set's widths, episodes last 1000 steps, seeds fix the start."""
+    task, made = calql_sera.find_task(env), calql_sera.make_env(env)
+    observation, _ = made.reset(seed=5)
+    assert made.observation_space.shape == observation.shape == (task.observation_dim,)
+    assert made.action_space.shape == (task.action_dim,)
+    assert made.spec.max_episode_steps == 1000
+    np.testing.assert_array_equal(made.reset(seed=5)[0], observation)
+    assert not np.array_equal(made.reset(seed=6)[0], observation)
+
+
+def test_halfcheetah_is_cut_after_1000_steps():
+    """The only end of a HalfCheetah episode is the time limit, which is not a terminal."""
+    env = calql_sera.make_env("halfcheetah-medium-v2")
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(6, dtype=np.float32))[2:4] for _ in range(1000)]
+    assert ends == [(False, False)] * 999 + [(False, True)]
+
+
+@pytest.mark.parametrize("physics", ["d4rl", "gymnasium"])
+def test_ant_observation(physics):
+    """ant has 111 dimensions; the last 84, the contact forces, are 0, and constant by its space."""
+    env = calql_sera.make_env("ant-medium-v2", physics)
+    observations, contacts, rng = [env.reset(seed=0)[0]], 0, np.random.default_rng(0)
+    for _ in range(200):
+        observations.append(env.step(rng.uniform(-1, 1, 8).astype(np.float32))[0])
+        contacts += env.unwrapped.data.ncon
+    observations, space = np.array(observations), env.observation_space
+    assert observations.shape == (201, 111)
+    assert contacts > 0
+    assert np.all(observations[:, 27:] == 0)
+    assert np.all(observations[:, :27].std(0) > 0)
+    assert np.all(space.low[27:] == 0) and np.all(space.high[27:] == 0)
+    assert np.all(space.low[:27] < space.high[:27])
+    assert all(space.contains(observation) for observation in observations)
+
+
+def test_making_an_environment_is_quiet(tmp_path):
+    """No warning on stderr and no MUJOCO_LOG.TXT in the working directory; the control has both."""
+    code = "import calql_sera; calql_sera.make_env('halfcheetah-medium-v2').reset(seed=0)"
+    loud = "import gymnasium; gymnasium.make('HalfCheetah-v4')"
+    folder, results = str(Path(calql_sera.__file__).parent), []
+    for name, command in (("quiet", code), ("loud", loud)):
+        (tmp_path / name).mkdir()
+        result = subprocess.run(
+            [sys.executable, "-c", command],
+            cwd=tmp_path / name,
+            env=os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        files = [path.name for path in (tmp_path / name).iterdir()]
+        results.append((result.stdout, result.stderr, files))
+    assert results[0] == ("", "", [])
+    assert "WARN" in results[1][1]
+    assert results[1][2] == ["MUJOCO_LOG.TXT"]
+
+
+# ------------------------------ replay of genuine transitions
+def replay(env, path, clipped, every=1):
+    """One step from each stored state: observation errors, reward errors, terminal flags made and stored."""
+    with h5py.File(path) as file:
+        names = ("infos/qpos", "infos/qvel", "actions", "next_observations", "rewards", "terminals")
+        qpos, qvel, actions, next_observations, rewards, terminals = (file[name][:] for name in names)
+    rows = np.arange(0, len(rewards), every)
+    if clipped:  # the file stores velocities clipped to +-10, so such states are not known
+        rows = rows[np.all(np.abs(qvel[rows]) < 9.999, axis=1)]
+    env.reset(seed=0)
+    raw, results = env.unwrapped, []
+    for row in rows:
+        mujoco.mj_resetData(raw.model, raw.data)  # forgets the solver's warm start
+        raw.set_state(qpos[row].astype(np.float64), qvel[row].astype(np.float64))
+        observation, reward, terminated, *_ = env.step(actions[row])
+        error = np.abs(observation - next_observations[row]).max()
+        results.append((error, abs(reward - rewards[row]), terminated, terminals[row]))
+    return map(np.array, zip(*results))
+
+
+@pytest.mark.parametrize(
+    ("task", "clipped", "rows"),
+    [("hopper", True, 761), ("walker2d", True, 1419), ("halfcheetah", False, 2000)],
+)
+def test_replay(task, clipped, rows, real_data):
+    """Every genuine transition is reproduced to the file's precision."""
+    path = real_data / "real-samples" / f"{task}_medium-v2.hdf5"
+    errors, reward_errors, made, stored = replay(calql_sera.make_env(f"{task}-medium-v2"), path, clipped)
+    print(f"{task}: {len(errors)} rows, median {np.median(errors):.2g}, max {errors.max():.2g}", end=", ")
+    print(f"reward {reward_errors.max():.2g}, {stored.sum()} terminals")
+    assert len(errors) == rows
+    assert np.median(errors) < 1e-6
+    assert errors.max() < 1e-4
+    assert reward_errors.max() < 1e-5
+    np.testing.assert_array_equal(made, stored)
+    assert stored.any() or task != "hopper"  # the one sample with terminals
+
+
+@pytest.mark.parametrize(("task", "clipped"), [("hopper", True), ("walker2d", True), ("halfcheetah", False)])
+def test_replay_fails_with_the_shipped_physics(task, clipped, real_data):
+    """The control: the same test tells Gymnasium's physics from D4RL's."""
+    path = real_data / "real-samples" / f"{task}_medium-v2.hdf5"
+    errors, *_ = replay(calql_sera.make_env(f"{task}-medium-v2", "gymnasium"), path, clipped, every=10)
+    print(f"{task} as shipped: median {np.median(errors):.2g}, max {errors.max():.2g}")
+    assert np.median(errors) > 1e-3
+    assert errors.max() > 1e-2
+
+
+# ------------------------------ evaluation
+class Countdown:
+    """Ends after some steps. Observes (seed, time), pays action + 100 time, and may not outlive its end."""
+
+    def __init__(self, length, truncates=False):
+        self.length, self.truncates = length, truncates
+
+    def reset(self, seed=None):
+        self.seed, self.time = seed, 0
+        return np.array([seed, 0.0]), {}
+
+    def step(self, action):
+        self.time += 1
+        assert self.time <= self.length, "stepped after its end"
+        end = self.time == self.length
+        ends = (end and not self.truncates, end and self.truncates)
+        return np.array([self.seed, float(self.time)]), action[0] + 100 * self.time, *ends, {}
+
+
+def test_evaluate():
+    """Returns and lengths of episodes of different length, one policy call per step, each row its own."""
+    seen = []
+
+    def policy(observations):
+        seen.append(observations.copy())
+        return observations[:, :1]  # each environment's seed as its action
+
+    envs = [Countdown(2), Countdown(4, truncates=True), Countdown(1)]
+    returns, lengths = calql_sera.evaluate(policy, envs, [7, 3, 5])
+    assert returns.tolist() == [2 * 7 + 300, 4 * 3 + 1000, 5 + 100]
+    assert lengths.tolist() == [2, 4, 1]
+    assert len(seen) == 4
+    assert all(observations.shape == (3, 2) for observations in seen)
+    assert [observations[:, 0].tolist() for observations in seen] == [[7, 3, 5]] * 4  # the seeds, in order
+    assert [observations[1, 1] for observations in seen] == [0, 1, 2, 3]
+    assert [observations[0, 1] for observations in seen[:2]] == [0, 1]
+
+
+def test_evaluate_twice():
+    """Nothing is carried over from one evaluation to the next, and seeds decide the result."""
+    envs = [Countdown(3), Countdown(2)]
+
+    def returns(seeds):
+        return calql_sera.evaluate(lambda observations: observations[:, :1], envs, seeds)[0].tolist()
+
+    assert returns([1, 2]) == returns([1, 2]) == [603, 304]
+    assert returns([2, 1]) == [606, 302]
+
+
+def test_evaluate_real_environments():
+    """Episodes side by side give exactly the returns of the same episodes one by one."""
+
+    def policy(observations):
+        return np.tanh(observations[:, :3] + observations[:, 5:8])
+
+    env, seeds = "hopper-medium-v2", [1, 2, 3]
+    together = calql_sera.evaluate(policy, [calql_sera.make_env(env) for _ in seeds], seeds)
+    alone = [calql_sera.evaluate(policy, [calql_sera.make_env(env)], [seed]) for seed in seeds]
+    np.testing.assert_array_equal(together[0], [returns[0] for returns, _ in alone])
+    np.testing.assert_array_equal(together[1], [lengths[0] for _, lengths in alone])
+    assert len(set(together[0])) == 3
