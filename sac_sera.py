@@ -183,18 +183,17 @@ def q_conditioned_entropy(observations: Tensor, q_values: Tensor, k: int, logs: 
     batch_size, dimension = observations.shape
     if not 1 <= k < batch_size:
         raise ValueError(f"k is {k}, but {batch_size} rows allow 1 to {batch_size - 1}")
-    observations = observations.to(torch.promote_types(observations.dtype, torch.float32))
+    observations, q_values = (x.float() if x.itemsize < 4 else x for x in (observations, q_values))
     # Exact distances: cdist's matrix-product shortcut loses 10 to 30% on close neighbours. n compares the
     # very floats that set rho, so that the k-th neighbour itself is not counted (KSG's strict <).
-    q_distances = (q_values[:, None] - q_values[None, :]).abs().to(observations.dtype)
+    q_distances = (q_values[:, None] - q_values[None, :]).abs()
     distances = torch.cdist(observations, observations, compute_mode="donot_use_mm_for_euclid_dist")
     distances = torch.maximum(distances, q_distances).fill_diagonal_(torch.inf)
     radii = distances.topk(k, largest=False).values.amax(1).clamp_min(1e-6)  # of equal rows: log stays finite
     counts = (q_distances < radii[:, None]).sum(1) - 1  # the row itself is always among them
     psi = torch.arange(1, batch_size + 1, dtype=torch.float64, device=radii.device).digamma()  # psi[n]: n + 1
     if logs is not None:
-        logs["sera/neighbours_mean"] = counts.float().mean()
-        logs["sera/share_floored"] = (radii <= 1e-6).float().mean()
+        logs |= {"sera/neighbours": counts.float().mean(), "sera/floored": radii.le(1e-6).float().mean()}
     return (psi[counts] / dimension).to(radii.dtype) + torch.log(2 * radii)
 
 
@@ -203,19 +202,19 @@ def sera_bonus(networks: nn.ModuleDict, batch: dict, live: Tensor, args: Args) -
     """lambda tanh(H) for every row (B,), and numbers to log. live: the state dimensions that ever change."""
     observations, rewards, logs = batch["observations"], batch["rewards"], {}
     if args.sera_bonus == "constant":
-        return torch.full_like(rewards, args.sera_coef * args.sera_constant), logs
+        bonus = torch.full_like(rewards, args.sera_constant)
+        return args.sera_coef * bonus, {"sera/bonus_mean": bonus.mean()}
+    q_values = torch.zeros_like(rewards)  # one value for all: H is then the entropy of the state alone
     if args.sera_bonus == "q":
         q_values = networks["critics"](observations, batch["actions"]).amin(0)
     elif args.sera_bonus == "v":
         q_values = state_value(networks, observations)
-    else:  # one value for all: every row is a neighbour in q, and H the entropy of the state alone
-        q_values = torch.zeros_like(rewards)
     if args.sera_scale == "dim":  # as VCSE's SAC does; ant has 84 dimensions that never change
         observations = observations[:, live] / len(live)
         q_values = (q_values - q_values.mean()) / torch.sqrt(q_values.var(correction=0) + 1e-5)
     bonus = torch.tanh(q_conditioned_entropy(observations, q_values, args.sera_k, logs))
     logs |= {"sera/bonus_mean": bonus.mean(), "sera/bonus_sd": bonus.std()}
-    logs["sera/share_above_0.95"] = (bonus > 0.95).float().mean()
+    logs["sera/above_0.95"] = (bonus > 0.95).float().mean()
     return args.sera_coef * bonus, logs
 
 

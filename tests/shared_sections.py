@@ -1,4 +1,4 @@
-"""Checks that the sections which all scripts share are byte-identical; --write copies them from calql_sera.py.
+"""Checks that the sections all scripts share are byte-identical; --write copies them from calql_sera.py.
 
 A shared section runs from a ruler comment that ends in "(shared)" to the next ruler or the end of the file.
 Exit code 1, with the differences, where a script has drifted.
@@ -15,7 +15,7 @@ RULER = re.compile(r"^ *# -{30} (.+)$")
 
 
 def split(text: str) -> list[tuple[str, str]]:
-    """The file as (ruler title, text from that ruler to the next) pairs; what precedes the first has title ""."""
+    """The file as pairs (ruler title, text up to the next ruler); what precedes the first has title ""."""
     sections = [("", "")]
     for line in text.splitlines(keepends=True):
         ruler = RULER.match(line)

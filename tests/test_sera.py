@@ -99,7 +99,7 @@ def test_brute_force():
                 _, counts, expected = brute_force(states, values, k)
                 logs = {}
                 np.testing.assert_allclose(entropy(states, values, k, logs=logs), expected, rtol=0, atol=1e-9)
-                assert logs["sera/neighbours_mean"].item() == pytest.approx(counts.mean(), rel=1e-6)
+                assert logs["sera/neighbours"].item() == pytest.approx(counts.mean(), rel=1e-6)
                 error = np.abs(entropy(states, values, k, torch.float32) - expected)
                 one_more = digamma(counts + 2) - digamma(counts + 1)
                 one_less = 1 / np.maximum(counts, 1)
@@ -219,7 +219,7 @@ def test_values_spread_far_above_the_states():
     result = entropy(1e-6 * states, values, 3, logs=logs)
     expected = digamma(3) / 5 + np.log(2 * nearest(values[:, None], 3))
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-12)
-    assert logs["sera/neighbours_mean"] == 2
+    assert logs["sera/neighbours"] == 2
 
 
 def test_rows_of_a_distant_value_are_no_neighbours():
@@ -249,7 +249,7 @@ def test_equal_rows(dtype):
     logs = {}
     result = entropy(np.ones((16, 3)), np.full(16, 0.7), 3, dtype, logs)
     np.testing.assert_allclose(result, digamma(16) / 3 + math.log(2e-6), rtol=1e-6)
-    assert logs["sera/share_floored"] == 1 and logs["sera/neighbours_mean"] == 15
+    assert logs["sera/floored"] == 1 and logs["sera/neighbours"] == 15
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -262,7 +262,7 @@ def test_duplicates(dtype):
     result = entropy(states, values, 3, dtype, logs)
     expected = brute_force(states, values, 3)[2]
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-9 if dtype == torch.float64 else 2e-5)
-    assert logs["sera/share_floored"].item() == 8 / 32
+    assert logs["sera/floored"].item() == 8 / 32
 
 
 def test_duplicate_states_of_different_value():
@@ -308,7 +308,7 @@ def test_close_values_far_from_zero():
     radii, counts, _ = brute_force(states, values, 10)
     logs = {}
     result = entropy(states, values, 10, torch.float32, logs)
-    assert logs["sera/neighbours_mean"].item() == pytest.approx(counts.mean(), abs=0.02)
+    assert logs["sera/neighbours"].item() == pytest.approx(counts.mean(), abs=0.02)
     np.testing.assert_allclose(np.exp(result - digamma(counts + 1) / 3) / 2, radii, rtol=1e-4)
 
 
@@ -355,13 +355,13 @@ def make_batch(states, values, dtype=torch.float64):
 
 
 def make_networks():
-    """Critics that give the action, one of them plus two: on even rows the first, on odd rows the second."""
+    """Critics of which the lower gives the action: the first on even rows, the second on odd ones."""
 
     def critics(observations, actions):
-        values = actions[:, 0]
-        high = values + 2
-        even = torch.arange(len(values)) % 2 == 0
-        return torch.stack([torch.where(even, values, high), torch.where(even, high, values)])
+        values, rows = actions[:, 0], torch.arange(len(actions))
+        higher = values + 1 + 5 * (rows % 3)  # not the same gap everywhere: the bonus would not notice it
+        even = rows % 2 == 0
+        return torch.stack([torch.where(even, values, higher), torch.where(even, higher, values)])
 
     return {"critics": critics}
 
@@ -415,6 +415,16 @@ def test_scale_dim():
     np.testing.assert_allclose(bonus, np.tanh(ENTROPIES["dim"]), rtol=0, atol=2e-6)
 
 
+def test_scale_dim_does_not_blow_up_noise():
+    """The variance of q gets 1e-5 on top: values that hardly differ stay close."""
+    states, values = random_batch(19, spread=1e-3)
+    bonus, _ = bonus_of(make_batch(0.1 * states, values), sera_scale="dim")
+    standardised = (values - values.mean()) / np.sqrt(values.var() + 1e-5)
+    assert standardised.std() < 0.5
+    expected = brute_force(0.1 * states / 5, standardised, 2)[2]
+    np.testing.assert_allclose(bonus, np.tanh(expected), rtol=0, atol=1e-9)
+
+
 def test_scale_dim_leaves_constant_dimensions_out():
     """A dimension outside live changes nothing, wherever it stands; taken for live it would."""
     wider = make_batch(np.c_[STATES[:, 0], np.full(5, 7.0), STATES[:, 1]], VALUES)
@@ -432,7 +442,7 @@ def test_bonus_state_ignores_q(scale):
     bonus, logs = bonus_of(batch, networks={"critics": no_critics}, sera_bonus="state", sera_scale=scale)
     expected = np.array(ENTROPIES["constant q"]) - (math.log(2) if scale == "dim" else 0)
     np.testing.assert_allclose(bonus, np.tanh(expected), rtol=0, atol=2e-6)
-    assert logs["sera/neighbours_mean"] == 4
+    assert logs["sera/neighbours"] == 4
 
 
 def test_bonus_v_uses_the_state_value(monkeypatch):
@@ -507,6 +517,6 @@ def test_logs():
     assert logs["sera/bonus_mean"] == pytest.approx(expected.mean(), abs=1e-9)
     assert logs["sera/bonus_sd"] == pytest.approx(expected.std(), rel=0.005)  # over B or B - 1 rows
     share = (expected > 0.95).mean()
-    assert 0.1 < share < 0.9 and logs["sera/share_above_0.95"] == pytest.approx(share, abs=1e-6)
-    assert logs["sera/neighbours_mean"] == pytest.approx(counts.mean(), rel=1e-6)
-    assert (radii <= 1e-6).sum() == 20 and logs["sera/share_floored"] == pytest.approx(20 / 256, abs=1e-6)
+    assert 0.1 < share < 0.9 and logs["sera/above_0.95"] == pytest.approx(share, abs=1e-6)
+    assert logs["sera/neighbours"] == pytest.approx(counts.mean(), rel=1e-6)
+    assert (radii <= 1e-6).sum() == 20 and logs["sera/floored"] == pytest.approx(20 / 256, abs=1e-6)
