@@ -38,6 +38,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import namedtuple
@@ -231,8 +232,7 @@ def update(networks: nn.ModuleDict, optimizer: Optimizer, batch: dict, args: Arg
     """One step of every network on one batch; returns what to log, left on the device."""
     actor, critics, target_critics = networks["actor"], networks["critics"], networks["target_critics"]
     log_alpha = networks["temperature"]["log_alpha"]
-    observations, actions = batch["observations"], batch["actions"]
-    next_observations = batch["next_observations"]
+    observations, next_observations = batch["observations"], batch["next_observations"]
 
     with torch.no_grad():  # target, eq. (1)
         next_mean, next_log_std = actor(next_observations)
@@ -241,7 +241,7 @@ def update(networks: nn.ModuleDict, optimizer: Optimizer, batch: dict, args: Arg
         target_q = batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_q  # (B,)
 
     # Critics, eq. (2).
-    q_values = critics(observations, actions)  # (2, B)
+    q_values = critics(observations, batch["actions"])  # (2, B)
     critic_loss = (q_values - target_q).square().mean(1).sum()
 
     # Policy and temperature, eqs. (3) and (4), from one sample. Frozen critics pass the gradient on to the
@@ -252,7 +252,7 @@ def update(networks: nn.ModuleDict, optimizer: Optimizer, batch: dict, args: Arg
     policy_q = critics(observations, new_actions).amin(0)
     critics.requires_grad_(True)
     actor_loss = (log_alpha.detach().exp() * log_prob - policy_q).mean()
-    alpha_loss = -(log_alpha * (log_prob.detach() - actions.shape[1])).mean()
+    alpha_loss = -(log_alpha * (log_prob.detach() - mean.shape[1])).mean()
 
     # The losses share no parameter, so one backward pass and one optimiser step serve them all; each has seen
     # the networks as they were before this update.
@@ -309,15 +309,16 @@ def find_dataset(env: str, dataset_path: str | None = None) -> Path:
         return path
     if dataset_path or bundled:
         raise FileNotFoundError(f"there is no data file {path}: name one with --dataset-path")
-    url, part = f"{SERVER}/{DATASETS[env]}", path.with_name(f"{path.name}.{os.getpid()}.part")
+    url = f"{SERVER}/{DATASETS[env]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)
-        torch.hub.download_url_to_file(url, str(part))
-        h5py.File(part).close()  # refuses a truncated file
-        return part.rename(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            part = Path(folder, f"{path.name}.part")
+            torch.hub.download_url_to_file(url, str(part))
+            h5py.File(part).close()  # refuses a truncated file
+            return part.rename(path)
+    except Exception as error:  # whatever the network or the disk may raise
         tried = f"could not download {env} ({error}), tried {url}"
         fix = f"put {path.name} into {cache} (a mirror is {MIRROR}) or use --dataset-path"
         raise FileNotFoundError(f"{tried}: {fix}") from None
@@ -346,7 +347,7 @@ def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray
         array = array[:, 0] if array.shape == (*shape, 1) else array  # v1 medium-replay has rewards (N, 1)
         if array.shape != shape or len(array) < 2 or array.dtype.kind not in "fbiu":
             raise ValueError(f"{name} in {path} is {array.dtype} {array.shape}: {env} needs numbers, {shape}")
-        if not np.isfinite(array).all():
+        if not (np.abs(array) <= np.finfo(np.float32).max).all():  # also catches NaN
             raise ValueError(f"{name} in {path} contains NaN or infinity: repair or replace the file")
         raw[name] = array.astype(bool if name in ("terminals", "timeouts") else np.float32)
     if np.abs(raw["actions"]).max() > 1 + 1e-6:
@@ -466,16 +467,6 @@ def evaluate(policy, envs: list[gymnasium.Env], seeds: list[int]) -> tuple[np.nd
     return returns, lengths
 
 
-def summary(evals: list[tuple]) -> str:
-    """Offline score, dip and final score, a line each, from the rows of evals.csv: means over episodes."""
-    groups = itertools.groupby(evals, key=lambda row: row[:2])
-    scores = [(*key, np.mean([row[-1] for row in rows])) for key, rows in groups]
-    final = scores[-1][-1]
-    early = [score for phase, step, score in scores if phase == "online" and step <= 50_000] or [final]
-    dip = f"{early[0] - min(early):.1f}  (to {min(early):.1f}, within the first 50,000 online steps)"
-    return f"offline score  {early[0]:.1f}\ndip            {dip}\nfinal score    {final:.1f}"
-
-
 # ------------------------------ checkpoint (shared)
 def save_checkpoint(path: Path, state: SimpleNamespace, args: Args) -> None:
     """Write to a temporary file, then rename: a crash leaves the previous checkpoint whole."""
@@ -500,7 +491,6 @@ def load_checkpoint(path: Path, state: SimpleNamespace) -> None:
         for name, saved in checkpoint[part].items():
             getattr(state, part)[name].load_state_dict(saved)
     state.optimizer.load_state_dict(checkpoint["optimizer"])
-    state.buffer.mean, state.buffer.std = (value.numpy() for value in checkpoint["normalizer"].values())
     state.buffer.write(checkpoint["online_rows"])
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
@@ -510,13 +500,14 @@ def load_checkpoint(path: Path, state: SimpleNamespace) -> None:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Defaults, then the preset of --env (or a resumed run's arguments), then the user's, all checked."""
     first, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)  # a first look at --env
-    defaults = {}
-    for start in sorted(PRESETS, key=len):
-        defaults |= PRESETS[start] if first.env.startswith(start) else {}
+    presets = [PRESETS[start] for start in sorted(PRESETS, key=len) if first.env.startswith(start)]
+    defaults = {name: value for preset in presets for name, value in preset.items()}
     if first.resume:
-        if not Path(first.run_dir or "", "checkpoint.pt").is_file():
-            raise ValueError(f"--resume needs a --run-dir that holds a checkpoint.pt, not {first.run_dir}")
-        defaults = json.loads(Path(first.run_dir, "config.json").read_text())["args"]
+        try:
+            saved = torch.load(Path(first.run_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+            defaults = {Path(__file__).stem: saved["args"]}[saved["script"]]
+        except Exception:  # no folder, no file, a broken one, or one of another script
+            raise ValueError(f"--resume: no checkpoint of this script in --run-dir {first.run_dir}") from None
     args = tyro.cli(Args, args=argv, default=Args(**defaults))
     for field in fields(Args):
         value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
@@ -525,8 +516,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if value < least or not float(value).is_integer():
                 raise ValueError(f"{flag} is {value}: give a whole number of at least {least}")
             setattr(args, field.name, int(value))
-        if field.name in ("gamma", "tau", "mixing_ratio") and not 0 <= value <= 1:
-            raise ValueError(f"{flag} is {value}: give a number from 0 to 1")
+        low, high = (0, 1) if field.name in ("gamma", "tau", "mixing_ratio") else (-1e300, 1e300)
+        if isinstance(value, float) and not low <= value <= high:
+            raise ValueError(f"{flag} is {value}: give a finite number from {low:g} to {high:g}")
     if args.offline_steps + args.online_steps == 0:
         raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
     if args.sera_coef and args.sera_bonus != "constant" and args.sera_k >= args.batch_size:
@@ -550,15 +542,17 @@ def set_up(args: Args) -> SimpleNamespace:
         data, path = load_d4rl(args.env, args.dataset_path), find_dataset(args.env, args.dataset_path)
         config |= {"data_file": str(path), "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     torch.manual_seed(args.seed)
+    networks, optimizer = make_networks(task.observation_dim, task.action_dim, args)
+    bonus_networks = networks if args.sera_critic == "current" else copy.deepcopy(networks)
     # All that training changes, in one place, so that a checkpoint is whole. step counts within the phase.
-    state = SimpleNamespace(run_dir=run_dir, phase="offline", step=0, evals=[])
-    state.networks, state.optimizer = make_networks(task.observation_dim, task.action_dim, args)
-    frozen = args.sera_critic != "current"
-    state.bonus_networks = copy.deepcopy(state.networks) if frozen else state.networks
-    state.buffer = ReplayBuffer(data, args)
+    state = SimpleNamespace(phase="offline", step=0, evals=[], run_dir=run_dir, bonus_networks=bonus_networks)
+    state.networks, state.optimizer, state.buffer = networks, optimizer, ReplayBuffer(data, args)
     if args.resume:
         load_checkpoint(run_dir / "checkpoint.pt", state)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--run-dir {run_dir}: {error.strerror}, so name another folder") from None
     state.env = make_env(args.env, args.physics)
     state.eval_envs = [make_env(args.env, args.physics) for _ in range(args.eval_episodes)]
     if args.capture_video:
@@ -573,9 +567,10 @@ def set_up(args: Args) -> SimpleNamespace:
     git = subprocess.run(["git", "-C", script.parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     config |= {"versions": versions, "git_commit": git.stdout.strip() or None, "args": asdict(args)}
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    rows = state.buffer.offline_size
-    print(f"{args.env}, {rows:,} rows; {task.env_id} with {args.physics} physics; on {args.device}")
-    print(", ".join(f"{package} {number}" for package, number in versions.items()), f"\nwriting to {run_dir}")
+    print(
+        f"{args.env}: {state.buffer.offline_size:,} rows; environment: {task.env_id}, {args.physics} physics"
+    )
+    print(json.dumps(versions), f"\non {args.device}, writing to {run_dir}")
     if args.sera_coef and args.sera_critic == "offline" and not args.offline_steps:
         print("no offline steps: SERA's frozen critics are untrained ones, as under --sera-critic random")
     return state
@@ -662,7 +657,12 @@ def train(args: Args, state: SimpleNamespace) -> None:
                 save_checkpoint(state.run_dir / "checkpoint.pt", state, args)
         progress.close()
     writer.close()
-    print(summary(state.evals))
+    groups = itertools.groupby(state.evals, key=lambda row: row[:2])
+    means = {key: np.mean([row[-1] for row in rows]) for key, rows in groups}  # over episodes
+    early = [mean for (phase, step), mean in means.items() if phase == "online" and step <= 50_000]
+    early, final = early or list(means.values())[-1:], list(means.values())[-1]
+    dip = f"{early[0] - min(early):.1f}  (to {min(early):.1f}, within the first 50,000 online steps)"
+    print(f"offline score  {early[0]:.1f}\ndip            {dip}\nfinal score    {final:.1f}")
 
 
 def main(argv: list[str] | None = None) -> None:

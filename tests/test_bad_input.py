@@ -281,21 +281,23 @@ def test_resume_without_a_checkpoint(refuse, good, tmp_path):
 
 
 def test_resume_of_another_script(refuse, tmp_path):
-    """A run of another script, with arguments unknown to this one, is refused by the script's name."""
-    (tmp_path / "checkpoint.pt").write_bytes(b"")
-    config = {"script": "other_sera", "args": {"env": "hopper-medium-v2", "other_weight": 1.0}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert_names(refuse("--resume", "--run-dir", tmp_path), tmp_path, "other_sera")
+    """A checkpoint of another script, with arguments unknown to this one, is refused."""
+    torch.save({"script": "other_sera", "args": {"other_weight": 1.0}}, tmp_path / "checkpoint.pt")
+    assert_names(refuse("--resume", "--run-dir", tmp_path), tmp_path, "--resume", "checkpoint of this script")
 
 
-def test_resume_from_a_broken_checkpoint(refuse, trained, good, tmp_path):
-    """A checkpoint that cannot be read is named."""
-    run_dir = tmp_path / "run"
-    calql_sera.main([*OPTIONS, "--dataset-path", str(good), "--run-dir", str(run_dir)])
-    trained.clear()
+def test_resume_from_a_broken_checkpoint(refuse, tmp_path):
+    """A checkpoint that cannot be read is refused."""
     for body in (b"", b"not a checkpoint"):
-        (run_dir / "checkpoint.pt").write_bytes(body)
-        assert_names(refuse("--resume", "--run-dir", run_dir), run_dir / "checkpoint.pt")
+        (tmp_path / "checkpoint.pt").write_bytes(body)
+        assert_names(refuse("--resume", "--run-dir", tmp_path), tmp_path, "--resume", "checkpoint")
+
+
+@pytest.mark.parametrize("option", ["--sera-coef", "--sera-constant", "--actor-lr"])
+def test_numbers_that_are_none(refuse, good, option):
+    """Not a number, or infinity, is no weight and no rate."""
+    for value in ("nan", "inf"):
+        assert_names(refuse("--dataset-path", good, option, value), option, value, "finite")
 
 
 # ------------------------------ how the command line is read

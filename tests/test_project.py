@@ -1,0 +1,93 @@
+"""Rules of the project itself: shared sections, line budgets, pins, what an import may do."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import shared_sections
+from conftest import ROOT, SCRIPTS
+
+BUDGETS = {"cql_sera": 750, "calql_sera": 750}
+
+
+def test_shared_sections_are_identical(capsys):
+    """tests/shared_sections.py finds no drift."""
+    assert shared_sections.main(ROOT, write=False) == 0, capsys.readouterr().out
+
+
+def test_drift_is_found_and_mended(tmp_path, capsys):
+    """A changed shared line is shown and exits 1, --write mends it, and the algorithm's own part is left alone."""
+    model = (ROOT / "calql_sera.py").read_text()
+    (tmp_path / "calql_sera.py").write_text(model)
+    own = (ROOT / "sac_sera.py").read_text().replace("log_std.clamp(-5, 2)", "log_std.clamp(-4, 2)")
+    (tmp_path / "sac_sera.py").write_text(own.replace("amax(1).clamp_min(1e-6)", "amax(1).clamp_min(1e-5)"))
+    assert shared_sections.main(tmp_path, write=False) == 1
+    assert "-    radii" in capsys.readouterr().out
+    shared_sections.main(tmp_path, write=True)
+    assert shared_sections.main(tmp_path, write=False) == 0
+    assert (tmp_path / "sac_sera.py").read_text() == own
+    (tmp_path / "sac_sera.py").write_text(own.replace(" SERA bonus (shared)", " SERA bonus"))
+    assert shared_sections.main(tmp_path, write=False) == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_line_budget(name):
+    """No script grows past its budget, and its own part stays below 250 lines."""
+    text = (ROOT / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= BUDGETS.get(name, 680)
+    own = [body for title, body in shared_sections.split(text) if not title.endswith("(shared)")]
+    assert sum(len(body.splitlines()) for body in own) <= 250
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_dependencies_agree(name):
+    """The PEP 723 header names exactly the pins of requirements.txt."""
+    header = re.search(r"(?m)^# /// script$\n((?:^#.*$\n)+?)^# ///$", (ROOT / f"{name}.py").read_text())[1]
+    inline = tomllib.loads("".join(line[2:] for line in header.splitlines(keepends=True)))["dependencies"]
+    pinned = [
+        line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")
+    ]
+    assert sorted(inline) == sorted(pinned)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_import_has_no_effect(name, tmp_path):
+    """Importing a script reads no arguments, writes nothing, and pulls in neither gym, d4rl, mujoco_py nor wandb."""
+    code = f"import sys, {name}; print(sorted({{'gym', 'd4rl', 'mujoco_py', 'wandb'}} & set(sys.modules)))"
+    command = [sys.executable, "-c", code, "--no-such-flag"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_host_sync_in_an_update(name):
+    """Neither the update nor the bonus fetches a number from the device."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    hot = ("update", "sera_bonus", "q_conditioned_entropy", "act", "sample", "forward", "squash")
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name in hot:
+            calls = {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
+            assert not calls & {"item", "tolist", "cpu", "numpy", "nonzero"}, function.name
+
+
+def test_ruff():
+    """Ruff finds nothing to mend, in style and in format."""
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_commands():
+    """The README's two set-up commands start from nothing and install from the pinned files."""
+    commands = re.findall(r"(?m)^python3 -m venv .*$", (ROOT / "README.md").read_text())
+    assert len(commands) == 2
+    assert "pip install -r requirements.txt" in commands[0] and "calql_sera.py" in commands[0]
+    assert "tests/requirements.txt" in commands[1] and commands[1].endswith("-m pytest")
