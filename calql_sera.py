@@ -634,12 +634,10 @@ def set_up(args: Args) -> SimpleNamespace:
         wandb.init(project="sera", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
     packages = ("torch", "gymnasium", "mujoco", "numpy", "h5py", "tyro", "tensorboard")
     versions = {"python": sys.version.split()[0]} | {package: version(package) for package in packages}
-    git = subprocess.run(["git", "-C", script.parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-    config |= {"versions": versions, "git_commit": git.stdout.strip() or None, "args": asdict(args)}
+    commit = subprocess.getoutput(f"git -C '{script.parent}' rev-parse HEAD 2>/dev/null")  # "" without git
+    config |= {"versions": versions, "git_commit": commit or None, "args": asdict(args)}
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(
-        f"{args.env}: {state.buffer.offline_size:,} rows; environment: {task.env_id}, {args.physics} physics"
-    )
+    print(f"{args.env}: {state.buffer.offline_size:,} rows; {task.env_id} with {args.physics} physics")
     print(json.dumps(versions), f"\non {args.device}, writing to {run_dir}")
     if args.sera_coef and args.sera_critic == "offline" and not args.offline_steps:
         print("no offline steps: SERA's frozen critics are untrained ones, as under --sera-critic random")
@@ -741,7 +739,8 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv)
         state = set_up(args)
     except (ValueError, OSError, ImportError, gymnasium.error.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
+        missing = isinstance(error, ModuleNotFoundError)
+        print(f"error: {error}{f': pip install {error.name}' if missing else ''}", file=sys.stderr)
         raise SystemExit(2) from None
     train(args, state)
 

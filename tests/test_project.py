@@ -19,7 +19,7 @@ def test_shared_sections_are_identical(capsys):
 
 
 def test_drift_is_found_and_mended(tmp_path, capsys):
-    """A changed shared line is shown and exits 1, --write mends it, and the algorithm's own part is left alone."""
+    """A changed shared line is shown and exits 1, --write mends it, and the algorithm's part stays."""
     model = (ROOT / "calql_sera.py").read_text()
     (tmp_path / "calql_sera.py").write_text(model)
     own = (ROOT / "sac_sera.py").read_text().replace("log_std.clamp(-5, 2)", "log_std.clamp(-4, 2)")
@@ -55,7 +55,7 @@ def test_dependencies_agree(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_import_has_no_effect(name, tmp_path):
-    """Importing a script reads no arguments, writes nothing, and pulls in neither gym, d4rl, mujoco_py nor wandb."""
+    """Importing a script reads no arguments, writes nothing, and pulls in no gym, d4rl, mujoco_py, wandb."""
     code = f"import sys, {name}; print(sorted({{'gym', 'd4rl', 'mujoco_py', 'wandb'}} & set(sys.modules)))"
     command = [sys.executable, "-c", code, "--no-such-flag"]
     done = subprocess.run(
