@@ -111,7 +111,7 @@ class Args:
 # What differs from the defaults, by the start of the data set's name; longer starts win. The defaults are
 # WSRL's (arXiv 2412.07762), the only ones published for Gym-MuJoCo; k of walker2d is the SERA paper's.
 PRESETS = {
-    "hopper-medium-mini": {"offline_steps": 4_000, "online_steps": 2_000, "eval_every": 1_000},
+    "hopper-medium-mini": {"offline_steps": 2_500, "online_steps": 1_000, "eval_every": 500},
     "walker2d": {"sera_k": 20},
 }
 
@@ -248,10 +248,10 @@ def mc_returns(rewards, terminals, dones, gamma, sparse=False, failure_reward=No
     Nothing is bootstrapped at a time-out or a cut: a lower bound may be low. sparse, the authors' rule: a
     trajectory of failure_reward alone would have gone on failing, so there R = failure_reward / (1 - gamma).
     """
+    rewards, ends = np.asarray(rewards, np.float64), np.asarray(terminals, bool) | np.asarray(dones, bool)
     returns, following = np.zeros(len(rewards)), 0.0
-    for row in reversed(range(len(rewards))):
-        following = rewards[row] + (0.0 if terminals[row] or dones[row] else gamma * following)
-        returns[row] = following
+    for row, reward, end in zip(reversed(range(len(rewards))), rewards[::-1].tolist(), ends[::-1].tolist()):
+        returns[row] = following = reward + (0.0 if end else gamma * following)
     if sparse:
         for rows in np.split(np.arange(len(rewards)), np.flatnonzero(dones) + 1):
             if np.all(rewards[rows] == failure_reward):

@@ -467,6 +467,29 @@ def test_target_by_hand():
     assert td == pytest.approx(2 * (4 * 9 + 2 * 1) / 6, rel=1e-5)
 
 
+def test_max_backup_by_hand():
+    """Q'_1 = a and Q'_2 = -a with a the action's first number: the best of the lower ones is -min |a|."""
+    networks, optimizer, args = make_networks(gamma=0.5, max_backup=True, critic_layers=1)
+    with torch.no_grad():
+        for name in ("critics", "target_critics"):
+            for parameter in networks[name].parameters():
+                parameter.zero_()
+        into, out = networks["target_critics"].weights
+        into[:, 4, 0], into[:, 4, 1] = 1, -1  # a and -a, by two units that cut at 0
+        out[:, :2, 0] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        networks["actor"].layers[-1].weight.zero_()
+        networks["actor"].layers[-1].bias.zero_()
+        networks["actor"].log_std_offset.zero_()
+    batch = make_batch()
+    batch["rewards"].fill_(1.0)
+    torch.manual_seed(7)
+    torch.randn(6, 2)  # the policy loss draws first
+    next_actions = torch.randn(2, 6, 3, 2)[1].tanh()
+    y = 1 - 0.5 * (1 - batch["terminals"]) * next_actions[..., 0].abs().amin(1)
+    td = updated(networks, optimizer, batch, args)["losses/td"]
+    assert td == pytest.approx(2 * y.square().mean().item(), rel=1e-5)
+
+
 def test_terminals_mask_the_next_state():
     """A terminal's next state, which is the next episode's first, does not enter the TD loss; others do."""
     logs = []
