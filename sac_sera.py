@@ -655,6 +655,7 @@ def train(args: Args, state: SimpleNamespace) -> None:
                 save_checkpoint(state.run_dir / "checkpoint.pt", state, args)
         progress.close()
     writer.close()
+    state.eval_envs[0].close()  # ends the last film
     groups = itertools.groupby(state.evals, key=lambda row: row[:2])
     means = {key: np.mean([row[-1] for row in rows]) for key, rows in groups}  # over episodes
     early = [mean for (phase, step), mean in means.items() if phase == "online" and step <= 50_000]

@@ -854,17 +854,30 @@ def assert_same_run(left, right):
 
 
 def test_one_update_per_step(plain):
-    """A phase of n steps makes n updates and ends with a checkpoint and an evaluation."""
+    """A phase of n steps makes n updates and ends with a checkpoint and an evaluation; Adam just goes on."""
     assert len(plain.rewards) == 12 + 60 and sum(map(len, plain.envs[0].episodes)) == 60
     saved = [(checkpoint["phase"], checkpoint["step"]) for checkpoint in plain.checkpoints]
     assert saved == [("offline", 12), ("online", 30), ("online", 60)]
     evaluated = [(row["phase"], int(row["step"]), int(row["episode"])) for row in plain.evals]
     assert evaluated == [("offline", 12, 0), ("online", 0, 0), ("online", 30, 0), ("online", 60, 0)]
+    states = [checkpoint["optimizer"]["state"].values() for checkpoint in plain.checkpoints]
+    assert [{int(state["step"]) for state in values} for values in states] == [{12}, {42}, {72}]
     switch, last = plain.checkpoints[0]["networks"], plain.last["networks"]
     for name in TRAINED:
         for key, value in plain.initial[name].state_dict().items():
             assert not torch.equal(switch[name][key], value), (name, key)
             assert not torch.equal(last[name][key], switch[name][key]), (name, key)
+
+
+def test_exploring_and_evaluating(train):
+    """The policy is sampled to explore, step by step, and its mean is taken for evaluation."""
+
+    def act(networks, observations, deterministic):
+        return torch.full((len(observations), 3), 0.125 if deterministic else -0.25)
+
+    run = train(act=act)
+    for env, expected in zip(run.envs, (-0.25, 0.125)):
+        assert {number for episode in env.episodes for row in episode for number in row[1]} == {expected}
 
 
 def test_coefficient_zero(train, plain):
@@ -935,7 +948,7 @@ def test_bonus_in_the_batch(train):
 def test_bonus_is_never_stored(sera):
     """Stored rewards are the environment's, returns-to-go their sums; scores have no bonus."""
     finished = [episode for episode in sera.envs[0].episodes if episode and episode[-1][-1]]
-    assert len(finished) >= 2
+    assert finished
     *_, rewards, _, terminals, dones = map(np.array, zip(*(row for episode in finished for row in episode)))
     rows = sera.last["online_rows"]
     np.testing.assert_array_equal(rows["rewards"], rewards.astype(np.float32))
