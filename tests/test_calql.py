@@ -30,6 +30,7 @@ RETURNS = {
     "terminal": ([1, 1, 1], ONCE, ONCE, {}, [2.9701, 1.99, 1]),
     "cluster": ([-5, 5, 5], [0, 1, 1], [0, 1, 1], {}, [-0.05, 5, 5]),
     "success inside": ([-1, 0, -1, -1], [0] * 4, [0, 0, 0, 1], FAILED, [-2.950399, -1.9701, -1.99, -1]),
+    "terminal alone": ([1, 1, 1], [0, 1, 0], ONCE, {}, [1.99, 1, 1]),
     "no bleeding": ([1, 1, 2, 4, 4], [0, 1, 0, 0, 0], [0, 1, 1, 0, 1], {}, [1.99, 1, 2, 7.96, 4]),
     "some fail": (
         [-1, -1, -1, 0, -1, -1, -1, -1],
@@ -52,13 +53,14 @@ def summed_returns(rewards, dones, gamma):
 
 @pytest.mark.parametrize("case", RETURNS)
 def test_returns_by_hand(case):
-    """Return-to-go worked by hand at gamma 0.99, the authors' rule for sparse failures included."""
-    rewards, terminals, dones, options, expected = RETURNS[case]
-    for dtype in (np.float32, np.float64):
-        flags = np.array(terminals, dtype=bool), np.array(dones, dtype=bool)
-        returns = calql_sera.mc_returns(np.array(rewards, dtype=dtype), *flags, 0.99, **options)
+    """Return-to-go by hand at gamma 0.99, the rule for sparse failures included, of arrays and of lists."""
+    *columns, options, expected = RETURNS[case]
+    for kinds in ((np.float32, bool, bool), (np.float64, bool, bool), (np.int64, np.float32, np.float32)):
+        arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, kinds)]
+        returns = calql_sera.mc_returns(*arrays, 0.99, **options)
         assert returns.dtype == np.float32
-        np.testing.assert_allclose(returns, expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(returns, expected, rtol=1e-6)
+    np.testing.assert_array_equal(calql_sera.mc_returns(*columns, 0.99, **options), returns)
 
 
 def test_returns_of_random_trajectories():
