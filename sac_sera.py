@@ -300,7 +300,6 @@ def find_task(env: str) -> Task:
 
 def find_dataset(env: str, dataset_path: str | None = None) -> Path:
     """The HDF5 file: dataset_path, else bundled, else in D4RL's cache folder, else downloaded into that."""
-    find_task(env)
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     bundled = DATASETS[env].startswith("data/")
     path = Path(__file__).resolve().parent / DATASETS[env] if bundled else cache / Path(DATASETS[env]).name
@@ -541,6 +540,7 @@ def set_up(args: Args) -> SimpleNamespace:
     if args.offline_steps or args.mixing_ratio:
         data, path = load_d4rl(args.env, args.dataset_path), find_dataset(args.env, args.dataset_path)
         config |= {"data_file": str(path), "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    torch.set_flush_denormal(True)  # gradients that underflow would slow a CPU down threefold
     torch.manual_seed(args.seed)
     networks, optimizer = make_networks(task.observation_dim, task.action_dim, args)
     bonus_networks = networks if args.sera_critic == "current" else copy.deepcopy(networks)
