@@ -570,7 +570,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Defaults, then the preset of --env (or a resumed run's arguments), then the user's, all checked."""
     first, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)  # a first look at --env
     presets = [PRESETS[start] for start in sorted(PRESETS, key=len) if first.env.startswith(start)]
-    defaults = {name: value for preset in presets for name, value in preset.items()}
+    defaults = {"env": first.env} | {name: value for preset in presets for name, value in preset.items()}
     if first.resume:
         try:
             saved = torch.load(Path(first.run_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)

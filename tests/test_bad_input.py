@@ -352,6 +352,7 @@ def test_help_shows_the_preset(env, k, capsys):
     text = " ".join(re.sub(r"\x1b\[[\d;]*m|[│|]", " ", capsys.readouterr().out).split())
     assert caught.value.code == 0
     assert re.search(r"--sera-k [^()]*\(default: (\d+)\)", text)[1] == str(k)
+    assert f"(default: {env})" in text
 
 
 @pytest.mark.parametrize("argv", [["--gama", "0.9"], ["--physics", "new"], ["--sera-k", "ten"], ["--env"]])
