@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from slow import policy_sample, q_value
 from torch import nn
 
 import calql_sera
@@ -299,24 +300,6 @@ def make_batch(seed=0, batch_size=6):
     batch["terminals"] = torch.zeros(batch_size)
     batch["terminals"][1], batch["terminals"][4] = 1, 1
     return batch
-
-
-def q_value(critics, j, state, action):
-    """One number from one state and one action, by plain products."""
-    x = torch.cat([state, action])
-    for weight, bias in zip(critics.weights, critics.biases):
-        last = weight is critics.weights[-1]
-        x = x @ weight[j] + bias[j, 0]
-        x = x if last else x.clamp(min=0)
-    return x[0]
-
-
-def policy_sample(actor, state, noise):
-    """One action and its log-density, by the textbook formula; exact enough in float64."""
-    mean, log_std = actor(state)
-    u = mean + log_std.exp() * noise
-    density = torch.distributions.Normal(mean, log_std.exp()).log_prob(u) - torch.log(1 - u.tanh() ** 2)
-    return u.tanh(), density.sum()
 
 
 def slow_losses(networks, batch, args, seed):
