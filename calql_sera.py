@@ -111,7 +111,7 @@ class Args:
 # What differs from the defaults, by the start of the data set's name; longer starts win. The defaults are
 # WSRL's (arXiv 2412.07762), the only ones published for Gym-MuJoCo; k of walker2d is the SERA paper's.
 PRESETS = {
-    "hopper-medium-mini": {"offline_steps": 2_500, "online_steps": 1_000, "eval_every": 500},
+    "hopper-medium-mini": {"offline_steps": 3_000, "online_steps": 1_500, "eval_every": 500},
     "walker2d": {"sera_k": 20},
 }
 
@@ -610,7 +610,7 @@ def set_up(args: Args) -> SimpleNamespace:
     if args.offline_steps or args.mixing_ratio:
         data, path = load_d4rl(args.env, args.dataset_path), find_dataset(args.env, args.dataset_path)
         config |= {"data_file": str(path), "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    torch.set_flush_denormal(True)  # gradients that underflow would slow a CPU down threefold
+    torch.set_flush_denormal(True)  # numbers about to underflow can slow a CPU down
     torch.manual_seed(args.seed)
     networks, optimizer = make_networks(task.observation_dim, task.action_dim, args)
     bonus_networks = networks if args.sera_critic == "current" else copy.deepcopy(networks)

@@ -540,7 +540,7 @@ def set_up(args: Args) -> SimpleNamespace:
     if args.offline_steps or args.mixing_ratio:
         data, path = load_d4rl(args.env, args.dataset_path), find_dataset(args.env, args.dataset_path)
         config |= {"data_file": str(path), "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    torch.set_flush_denormal(True)  # gradients that underflow would slow a CPU down threefold
+    torch.set_flush_denormal(True)  # numbers about to underflow can slow a CPU down
     torch.manual_seed(args.seed)
     networks, optimizer = make_networks(task.observation_dim, task.action_dim, args)
     bonus_networks = networks if args.sera_critic == "current" else copy.deepcopy(networks)
