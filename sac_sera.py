@@ -102,7 +102,7 @@ class Args:
 # What differs from the defaults, by the start of the data set's name; longer starts win. The defaults are
 # the SAC paper's; k of walker2d is the SERA paper's.
 PRESETS = {
-    "hopper-medium-mini": {"offline_steps": 12_000, "online_steps": 8_000, "eval_every": 2_000},
+    "hopper-medium-mini": {"offline_steps": 20_000, "online_steps": 12_000, "eval_every": 2_000},
     "walker2d": {"sera_k": 20},
 }
 
