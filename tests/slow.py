@@ -1,4 +1,4 @@
-"""Plain recomputations of what the scripts batch: one state, one action, one critic at a time."""
+"""Plain recomputations of what the scripts batch, and a batch to try them on."""
 
 import torch
 
@@ -19,3 +19,14 @@ def policy_sample(actor, state, noise):
     u = mean + log_std.exp() * noise
     density = torch.distributions.Normal(mean, log_std.exp()).log_prob(u) - torch.log(1 - u.tanh() ** 2)
     return u.tanh(), density.sum()
+
+
+def make_batch(seed=0, batch_size=6):
+    """A batch of noise, two rows of which are terminals, with returns-to-go amid the networks' values."""
+    torch.manual_seed(100 + seed)
+    batch = {name: torch.randn(batch_size, 4) for name in ("observations", "next_observations")}
+    batch["actions"] = torch.rand(batch_size, 2) * 2 - 1
+    batch |= {"rewards": torch.randn(batch_size), "mc_returns": torch.randn(batch_size)}
+    batch["terminals"] = torch.zeros(batch_size)
+    batch["terminals"][1], batch["terminals"][4] = 1, 1
+    return batch

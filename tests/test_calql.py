@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from slow import policy_sample, q_value
+from slow import make_batch, policy_sample, q_value
 from torch import nn
 
 import calql_sera
@@ -291,17 +291,6 @@ def test_conservative_term_by_loops(shift):
 
 
 # ------------------------------ the update
-def make_batch(seed=0, batch_size=6):
-    """A batch of noise, two rows of which are terminals, with returns-to-go amid the networks' values."""
-    torch.manual_seed(100 + seed)
-    batch = {name: torch.randn(batch_size, 4) for name in ("observations", "next_observations")}
-    batch["actions"] = torch.rand(batch_size, 2) * 2 - 1
-    batch |= {"rewards": torch.randn(batch_size), "mc_returns": torch.randn(batch_size)}
-    batch["terminals"] = torch.zeros(batch_size)
-    batch["terminals"][1], batch["terminals"][4] = 1, 1
-    return batch
-
-
 def slow_losses(networks, batch, args, seed):
     """All losses of eqs. (1) to (6) in float64: one network call per state and action, every mean a loop.
 

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from slow import policy_sample, q_value
+from slow import make_batch, policy_sample, q_value
 
 import calql_sera
 import sac_sera
@@ -66,16 +66,6 @@ def test_initial_networks():
 
 
 # ------------------------------ the update
-def make_batch(seed=0, batch_size=6):
-    """A batch of noise, two rows of which are terminals."""
-    torch.manual_seed(100 + seed)
-    batch = {name: torch.randn(batch_size, 4) for name in ("observations", "next_observations")}
-    batch |= {"actions": torch.rand(batch_size, 2) * 2 - 1, "rewards": torch.randn(batch_size)}
-    batch["terminals"] = torch.zeros(batch_size)
-    batch["terminals"][1], batch["terminals"][4] = 1, 1
-    return batch
-
-
 def slow_losses(networks, batch, args, seed):
     """Gradients by network, and what is logged, of eqs. (1) to (4) in float64, one row and critic at a time.
 
