@@ -81,12 +81,12 @@ class Args:
     eval_episodes: int = 10  # episodes of an evaluation
     checkpoint_every: float = 25_000  # steps between checkpoints; each phase also ends with one
     resume: bool = False  # go on from the checkpoint in --run-dir; its arguments are the defaults
-    track: bool = False  # mirror the logs to Weights & Biases
     capture_video: bool = False  # film the first episode of each evaluation
     batch_size: int = 256  # rows of a batch
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak rate of the target critics
     mixing_ratio: float = 0.5  # share of data-set rows in an online batch
+    normalize_rewards: bool = False  # train on rewards times 1000 / (best - worst return of the data set)
     random_steps: float = 5_000  # random first steps without updates, from scratch (no offline steps, mix 0)
     sera_coef: float = 1.0  # lambda, the weight of the bonus; 0 is exactly the plain algorithm
     sera_k: int = 10  # which nearest neighbour sets the radius
@@ -117,25 +117,32 @@ PRESETS = {
 
 
 # ------------------------------ networks: twin critics (shared)
+def mlp(input_dim: int, hidden_dim: int, layers: int, output_dim: int) -> nn.Sequential:
+    """A plain network with that many hidden layers: (..., input_dim) -> (..., output_dim)."""
+    widths = [input_dim] + [hidden_dim] * layers
+    hidden = [m for shape in itertools.pairwise(widths) for m in (nn.Linear(*shape), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(widths[-1], output_dim))
+
+
 class TwinCritics(nn.Module):
-    """Q_1 and Q_2 of all given actions, one batched product per layer: (..., d), (..., a) -> (2, ...)."""
+    """Q_1 and Q_2, or Q_1 alone, in one batched product per layer: (..., d), (..., a) -> (count, ...)."""
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int, layers: int):
         super().__init__()
         widths = [observation_dim + action_dim] + [hidden_dim] * layers + [1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in itertools.pairwise(widths):
-            bound = fan_in**-0.5  # as nn.Linear
+            bound = 1 / math.sqrt(fan_in)  # as nn.Linear
             self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
 
-    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+    def forward(self, observations: Tensor, actions: Tensor, count: int = 2) -> Tensor:
         inputs = torch.cat([observations, actions], dim=-1)
-        x = inputs.reshape(1, -1, inputs.shape[-1]).expand(2, -1, -1)
+        x = inputs.reshape(1, -1, inputs.shape[-1]).expand(count, -1, -1)
         *hidden, (last_weight, last_bias) = zip(self.weights, self.biases)
         for weight, bias in hidden:
-            x = torch.baddbmm(bias, x, weight).relu_()
-        return torch.baddbmm(last_bias, x, last_weight).reshape(2, *inputs.shape[:-1])
+            x = torch.baddbmm(bias[:count], x, weight[:count]).relu_()
+        return torch.baddbmm(last_bias[:count], x, last_weight[:count]).reshape(count, *inputs.shape[:-1])
 
 
 # ------------------------------ networks: policy
@@ -144,9 +151,7 @@ class Actor(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int, layers: int):
         super().__init__()
-        widths = [observation_dim] + [hidden_dim] * layers
-        hidden = [m for shape in itertools.pairwise(widths) for m in (nn.Linear(*shape), nn.ReLU())]
-        self.layers = nn.Sequential(*hidden, nn.Linear(hidden_dim, 2 * action_dim))
+        self.layers = mlp(observation_dim, hidden_dim, layers, 2 * action_dim)
         self.log_std_scale = nn.Parameter(torch.tensor(1.0))  # trained, as in the authors' code
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
 
@@ -239,9 +244,6 @@ def sera_bonus(networks: nn.ModuleDict, batch: dict, live: Tensor, args: Args) -
 
 
 # ------------------------------ losses and update
-ROWS_WAIT_FOR_EPISODE_END = True  # an online row is not sampled before its return-to-go is known
-
-
 def mc_returns(rewards, terminals, dones, gamma, sparse=False, failure_reward=None) -> np.ndarray:
     """R of eq. (3), the discounted return-to-go: arrays (N,) -> (N,) float32. dones ends trajectories.
 
@@ -259,8 +261,8 @@ def mc_returns(rewards, terminals, dones, gamma, sparse=False, failure_reward=No
     return returns.astype(np.float32)
 
 
-def algorithm_columns(transitions: dict[str, np.ndarray], args: Args) -> dict[str, np.ndarray]:
-    """What this algorithm adds to the rows of whole trajectories, offline and online alike."""
+def episode_columns(transitions: dict[str, np.ndarray], args: Args) -> dict[str, np.ndarray]:
+    """What is added to the rows of whole trajectories: an online row waits for the end of its episode."""
     rewards, terminals, dones = (transitions[name] for name in ("rewards", "terminals", "dones"))
     return {"mc_returns": mc_returns(rewards, terminals, dones, args.gamma)}
 
@@ -277,8 +279,9 @@ def conservative_term(q_values: Tensor, log_densities: Tensor, mc_returns: Tenso
     return (q_sampled.logsumexp(-1) - q_data[..., 0]).mean(1), (calibrated > q_policy).float().mean()
 
 
-def update(networks: nn.ModuleDict, optimizer: Optimizer, batch: dict, args: Args) -> dict:
+def update(state: SimpleNamespace, batch: dict, args: Args) -> dict:
     """One step of every network on one batch; returns what to log, left on the device."""
+    networks, optimizer = state.networks, state.optimizer
     actor, critics, target_critics = networks["actor"], networks["critics"], networks["target_critics"]
     log_alpha, log_multiplier = networks["temperature"]["log_alpha"], networks["lagrange"]["log_multiplier"]
     observations, actions = batch["observations"], batch["actions"]
@@ -435,11 +438,15 @@ class ReplayBuffer:
 
     def __init__(self, data: dict[str, np.ndarray] | None, args: Args):
         self.args, self.columns, self.size, self.capacity = args, {}, 0, args.online_steps
-        self.mean, self.std = np.float64(0), np.float64(1)  # from scratch there is nothing to normalise by
-        if data is not None:
+        self.mean, self.std, self.reward_scale = np.float64(0), np.float64(1), np.float64(1)
+        if data is not None:  # from scratch there is nothing to normalise by
             self.capacity += len(data["rewards"])
             self.mean = data["observations"].mean(0, dtype=np.float64)
             self.std = data["observations"].std(0, dtype=np.float64) + 1e-3
+            if args.normalize_rewards:
+                first_rows = np.flatnonzero(np.append(True, data["dones"][:-1]))
+                spread = np.ptp(np.add.reduceat(data["rewards"], first_rows, dtype=np.float64))
+                self.reward_scale = 1000 / (spread or 1000)  # equal returns have no range: leave them alone
             self.append(data)
         self.offline_size = self.size
 
@@ -448,10 +455,11 @@ class ReplayBuffer:
 
     def append(self, transitions: dict[str, np.ndarray]) -> None:
         """Add transitions, named as by load_d4rl; the one way in for data-set and online rows."""
+        transitions = transitions | {"rewards": self.reward_scale * transitions["rewards"]}
         rows = {name: transitions[name].astype(np.float32) for name in ("rewards", "terminals")}
         rows |= {name: self.normalize(transitions[name]) for name in ("observations", "next_observations")}
         rows["actions"] = transitions["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # a tanh has no density at 1
-        self.write(rows | algorithm_columns(transitions, self.args))
+        self.write(rows | (episode_columns(transitions, self.args) if episode_columns else {}))
 
     def write(self, rows: dict) -> None:
         start, self.size = self.size, self.size + len(rows["rewards"])
@@ -463,8 +471,7 @@ class ReplayBuffer:
     def sample(self, offline_rows: int, online_rows: int) -> dict[str, Tensor]:
         """A batch of copies, drawn on the device with replacement, data-set rows first."""
         ranges = (0, self.offline_size, offline_rows), (self.offline_size, self.size, online_rows)
-        draws = [torch.randint(low, high, (n,), device=self.args.device) for low, high, n in ranges if n]
-        indices = torch.cat(draws)
+        indices = torch.cat([torch.randint(*ends, (n,), device=self.args.device) for *ends, n in ranges if n])
         return {name: column[indices] for name, column in self.columns.items()}
 
 
@@ -544,7 +551,8 @@ def save_checkpoint(path: Path, state: SimpleNamespace, args: Args) -> None:
     for part in ("networks", "bonus_networks"):
         checkpoint[part] = {name: network.state_dict() for name, network in getattr(state, part).items()}
     checkpoint["optimizer"] = state.optimizer.state_dict()
-    checkpoint["normalizer"] = {"mean": torch.as_tensor(buffer.mean), "std": torch.as_tensor(buffer.std)}
+    names = ("mean", "std", "reward_scale")
+    checkpoint["normalizer"] = {name: torch.as_tensor(getattr(buffer, name)) for name in names}
     online = slice(buffer.offline_size, buffer.size)
     checkpoint["online_rows"] = {name: column[online].clone() for name, column in buffer.columns.items()}
     checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
@@ -628,10 +636,6 @@ def set_up(args: Args) -> SimpleNamespace:
     if args.capture_video:
         filmed = make_env(args.env, args.physics, render_mode="rgb_array")
         state.eval_envs[0] = gymnasium.wrappers.RecordVideo(filmed, str(run_dir / "videos"), lambda _: True)
-    if args.track:
-        import wandb
-
-        wandb.init(project="sera", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
     packages = ("torch", "gymnasium", "mujoco", "numpy", "h5py", "tyro", "tensorboard")
     versions = {"python": sys.version.split()[0]} | {package: version(package) for package in packages}
     commit = subprocess.getoutput(f"git -C '{script.parent}' rev-parse HEAD 2>/dev/null")  # "" without git
@@ -657,14 +661,13 @@ def train(args: Args, state: SimpleNamespace) -> None:
     def run_evaluation() -> None:
         # The start states depend on phase and step alone: new at each evaluation, the same in every run.
         sequence = np.random.SeedSequence([state.phase == "online", state.step])
-        seeds = sequence.generate_state(args.eval_episodes)
-        returns, lengths = evaluate(policy, state.eval_envs, seeds.tolist())
+        seeds = sequence.generate_state(args.eval_episodes).tolist()
+        returns, lengths = evaluate(policy, state.eval_envs, seeds)
         scores = normalized_score(args.env, returns)
         rows = zip(itertools.count(), returns.tolist(), lengths.tolist(), scores.tolist())
         state.evals += [(state.phase, state.step, *row) for row in rows]
-        with open(state.run_dir / "evals.csv", "w") as file:
-            file.write("phase,step,episode,return,length,normalized_score\n")
-            file.writelines(",".join(map(str, row)) + "\n" for row in state.evals)
+        table = [("phase", "step", "episode", "return", "length", "normalized_score"), *state.evals]
+        (state.run_dir / "evals.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
         for name, values in (("return", returns), ("length", lengths), ("normalized_score", scores)):
             writer.add_scalar(f"eval/{name}", values.mean(), before + state.step)
         progress.set_postfix(score=f"{scores.mean():.1f}")
@@ -694,13 +697,11 @@ def train(args: Args, state: SimpleNamespace) -> None:
                 next_observation, reward, terminated, truncated, _ = env.step(action)
                 done = terminated or truncated
                 pending.append((observation, action, reward, next_observation, terminated, done))
-                observation = next_observation
-                if done or not ROWS_WAIT_FOR_EPISODE_END:
+                observation = env.reset()[0] if done else next_observation
+                if done or not episode_columns:
                     names = ("observations", "actions", "rewards", "next_observations", "terminals", "dones")
                     buffer.append({name: np.array(column) for name, column in zip(names, zip(*pending))})
                     pending = []
-                if done:
-                    observation, _ = env.reset()
 
             online_rows = args.batch_size - round(args.batch_size * args.mixing_ratio)
             enough = buffer.size - buffer.offline_size >= online_rows
@@ -712,7 +713,7 @@ def train(args: Args, state: SimpleNamespace) -> None:
                 if phase == "online" and args.sera_coef:
                     bonus, logs = sera_bonus(state.bonus_networks, batch, live, args)
                     batch["rewards"] = batch["rewards"] + bonus  # in this batch: the buffer keeps its rewards
-                logs |= update(networks, state.optimizer, batch, args)
+                logs |= update(state, batch, args)
 
             progress.update()
             if state.step % 500 == 0 or state.step == steps:  # only now do the numbers leave the device
@@ -727,11 +728,10 @@ def train(args: Args, state: SimpleNamespace) -> None:
     writer.close()
     state.eval_envs[0].close()  # ends the last film
     groups = itertools.groupby(state.evals, key=lambda row: row[:2])
-    means = {key: np.mean([row[-1] for row in rows]) for key, rows in groups}  # over episodes
-    early = [mean for (phase, step), mean in means.items() if phase == "online" and step <= 50_000]
-    early, final = early or list(means.values())[-1:], list(means.values())[-1]
+    means = [(*key, np.mean([row[-1] for row in rows])) for key, rows in groups]  # over episodes
+    early = [mean for phase, step, mean in means if phase == "online" and step <= 50_000] or [means[-1][-1]]
     dip = f"{early[0] - min(early):.1f}  (to {min(early):.1f}, within the first 50,000 online steps)"
-    print(f"offline score  {early[0]:.1f}\ndip            {dip}\nfinal score    {final:.1f}")
+    print(f"offline score  {early[0]:.1f}\ndip            {dip}\nfinal score    {means[-1][-1]:.1f}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -739,9 +739,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse_args(argv)
         state = set_up(args)
-    except (ValueError, OSError, ImportError, gymnasium.error.Error) as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        print(f"error: {error}{f': pip install {error.name}' if missing else ''}", file=sys.stderr)
+    except (ValueError, OSError, gymnasium.error.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     train(args, state)
 

@@ -356,7 +356,8 @@ def slow_losses(networks, batch, args, seed):
 def updated(networks, optimizer, batch, args, seed=7):
     """The logs of one update after a seed, as numbers."""
     torch.manual_seed(seed)
-    return {name: float(value) for name, value in calql_sera.update(networks, optimizer, batch, args).items()}
+    state = SimpleNamespace(networks=networks, optimizer=optimizer)
+    return {name: float(value) for name, value in calql_sera.update(state, batch, args).items()}
 
 
 VARIANTS = {
@@ -695,9 +696,9 @@ def train(tmp_path_factory):
             seen.samples[-1] = copy.deepcopy(seen.samples[-1])
             return batch
 
-        def recorded_update(networks, optimizer, batch, args):
+        def recorded_update(state, batch, args):
             seen.rewards.append(batch["rewards"].clone())
-            return update(networks, optimizer, batch, args)
+            return update(state, batch, args)
 
         with pytest.MonkeyPatch.context() as patch:
             for name, value in replaced.items():

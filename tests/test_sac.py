@@ -103,7 +103,8 @@ def slow_losses(networks, batch, args, seed):
 def updated(networks, optimizer, batch, args, seed=7):
     """The logs of one update after a seed, as numbers."""
     torch.manual_seed(seed)
-    return {name: float(value) for name, value in sac_sera.update(networks, optimizer, batch, args).items()}
+    state = SimpleNamespace(networks=networks, optimizer=optimizer)
+    return {name: float(value) for name, value in sac_sera.update(state, batch, args).items()}
 
 
 @pytest.mark.parametrize("gamma", [0.99, 0.5])
@@ -334,7 +335,8 @@ def test_rows_from_scratch(train):
     """Without data states stay as they are; every step is a row at once, and a time-out is no terminal."""
     run = train(*SCRATCH, "--random-steps", "10")
     env, rows = run.envs[0], run.last["online_rows"]
-    assert run.last["normalizer"] == {"mean": torch.tensor(0.0), "std": torch.tensor(1.0)}
+    one = torch.tensor(1.0)
+    assert run.last["normalizer"] == {"mean": torch.tensor(0.0), "std": one, "reward_scale": one}
     assert rows.keys() == {"observations", "actions", "rewards", "next_observations", "terminals"}
     np.testing.assert_array_equal(rows["observations"], np.array(env.states, dtype=np.float32))
     np.testing.assert_array_equal(rows["next_observations"], np.array(env.next_states, dtype=np.float32))
