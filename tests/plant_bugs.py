@@ -1,8 +1,9 @@
-"""Plants known bugs in the scripts, one at a time, and checks that the tests notice: `python tests/plant_bugs.py`.
+"""Plants known bugs in the scripts, one at a time, and checks that the tests notice them.
 
-tests/bugs/<script>.toml lists them: what the bug is, a text that occurs once in the script, what takes its place,
-and the test file that has to fail. Names of scripts on the command line restrict the run. Exit code 1, with the
-survivors, if any bug went unnoticed.
+    python tests/plant_bugs.py [SCRIPT ...]
+
+tests/bugs/<script>.toml lists them: what the bug is, a text that occurs once in the script, what takes its
+place, and the test file that has to fail. Exit code 1, with the survivors, if any bug goes unnoticed.
 """
 
 import shutil
@@ -24,7 +25,7 @@ def load_bugs() -> dict[str, list[dict[str, str]]]:
 
 
 def tests_pass(folder: Path, tests: str) -> bool:
-    """Whether a test file passes in a copy of the project; anything but passing or failing tests is an error."""
+    """Whether a test file passes in this copy of the project; RuntimeError if its tests cannot be run."""
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode not in (0, 1):
