@@ -504,14 +504,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Defaults, then the preset of --env (or a resumed run's arguments), then the user's, all checked."""
     first, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)  # a first look at --env
     presets = [PRESETS[start] for start in sorted(PRESETS, key=len) if first.env.startswith(start)]
-    defaults = {"env": first.env} | {name: value for preset in presets for name, value in preset.items()}
+    default = Args(env=first.env, **{name: value for preset in presets for name, value in preset.items()})
     if first.resume:
         try:
             saved = torch.load(Path(first.run_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
-            defaults = {Path(__file__).stem: saved["args"]}[saved["script"]]
-        except Exception:  # no folder, no file, a broken one, or one of another script
+            default = {Path(__file__).stem: Args(**saved["args"])}[saved["script"]]
+        except Exception:  # no folder, no file, a broken one, or one of another script or version
             raise ValueError(f"--resume: no checkpoint of this script in --run-dir {first.run_dir}") from None
-    args = tyro.cli(Args, args=argv, default=Args(**defaults))
+    args = tyro.cli(Args, args=argv, default=default)
     for field in fields(Args):
         value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
         if type(field.default) is int:  # 1e6 is fine, and becomes 1000000

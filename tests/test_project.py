@@ -1,14 +1,17 @@
 """Rules of the project itself: shared sections, line budgets, pins, what an import may do."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import shared_sections
 from conftest import ROOT, SCRIPTS
+from slow import make_batch
 
 BUDGETS = {"cql_sera": 750, "calql_sera": 750}
 
@@ -91,3 +94,26 @@ def test_readme_commands():
     assert len(commands) == 2
     assert "pip install -r requirements.txt" in commands[0] and "calql_sera.py" in commands[0]
     assert "tests/requirements.txt" in commands[1] and commands[1].endswith("-m pytest")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_page_explains_every_logged_number(name):
+    """docs/<script>.md has a row for each number that an update logs, docs/sera.md for each of the bonus."""
+    script = importlib.import_module(name)
+    args = script.Args(device="cpu", hidden_dim=8, sera_k=2)
+    networks, optimizer = script.make_networks(4, 2, args)
+    state = SimpleNamespace(networks=networks, optimizer=optimizer, phase="online", step=2)
+    logs = script.update(state, make_batch(), args)
+    bonus_logs = script.sera_bonus(networks, make_batch(), slice(None), args)[1]
+    page, sera = ((ROOT / "docs" / file).read_text() for file in (f"{name}.md", "sera.md"))
+    assert set(re.findall(r"(?m)^\| `(losses/\w+)` \|", page)) == logs.keys()
+    assert all(f"`{metric}`" in sera for metric in bonus_logs)
+
+
+def test_links():
+    """Every relative link of every page leads to a file of the project."""
+    pages = [path for path in ROOT.rglob("*.md") if not path.relative_to(ROOT).parts[0].startswith(".")]
+    assert len(pages) > 8
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), (page, link)
