@@ -80,7 +80,7 @@ class Args:
     capture_video: bool = False  # film the first episode of each evaluation
     batch_size: int = 256  # rows of a batch
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # Polyak rate of the target critics
+    tau: float = 0.005  # Polyak rate of the target networks
     mixing_ratio: float = 0.5  # share of data-set rows in an online batch
     normalize_rewards: bool = False  # train on rewards times 1000 / (best - worst return of the data set)
     random_steps: float = 5_000  # random first steps without updates, from scratch (no offline steps, mix 0)

@@ -3,7 +3,7 @@
     python tests/plant_bugs.py [SCRIPT ...]
 
 tests/bugs/<script>.toml lists them: what the bug is, a text that occurs once in the script, what takes its
-place, and the test file that has to fail. Exit code 1, with the survivors, if any bug goes unnoticed.
+place, and the test file, or test, that has to fail. Exit code 1, with the survivors, if any goes unnoticed.
 """
 
 import shutil
