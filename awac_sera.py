@@ -94,7 +94,7 @@ class Args:
 
     # ------------------------------ AWAC arguments
     learning_rate: float = 3e-4  # learning rate of policy and critics
-    weight_decay: float = 1e-4  # L2 penalty on the policy's weights, in its gradient
+    weight_decay: float = 1e-4  # L2 penalty on the policy's parameters, in its gradient
     hidden_dim: int = 256  # width of the hidden layers
     actor_layers: int = 3  # hidden layers of the policy
     critic_layers: int = 3  # hidden layers of a critic
