@@ -12,7 +12,7 @@ import plant_bugs
 import pytest
 import torch
 from conftest import ROOT
-from slow import make_batch
+from recompute import make_batch, make_networks
 
 # Options that lead an update along other lines, beside the defaults.
 VARIANTS = {
@@ -24,17 +24,6 @@ VARIANTS = {
 
 
 # ------------------------------ one update
-def make_networks(script, seed=0, **changes):
-    """Networks for 4 state and 2 action dimensions with random parameters, their optimiser, the arguments."""
-    args = script.Args(**({"device": "cpu", "hidden_dim": 8} | changes))
-    torch.manual_seed(seed)
-    networks, optimizer = script.make_networks(4, 2, args)
-    with torch.no_grad():
-        for parameter in networks.parameters():
-            parameter.uniform_(-0.8, 0.8)
-    return networks, optimizer, args
-
-
 def updated(script, networks, optimizer, batch, args, step=2):
     """The logs of one online update after a seed, as numbers, and the gradients it took, by parameter name.
 

@@ -2,27 +2,20 @@
 
 import copy
 import math
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
+import recompute
 import torch
-from slow import make_batch, q_value
+from recompute import make_batch, q_value
 
 import awac_sera
 
+make_networks = partial(recompute.make_networks, awac_sera)
+updated = partial(recompute.updated, awac_sera)
+
 
 # ------------------------------ networks
-def make_networks(**changes):
-    """Networks for 4 state and 2 action dimensions with random parameters, their optimiser, the arguments."""
-    args = awac_sera.Args(**({"device": "cpu", "hidden_dim": 8} | changes))
-    torch.manual_seed(0)
-    networks, optimizer = awac_sera.make_networks(4, 2, args)
-    with torch.no_grad():
-        for parameter in networks.parameters():
-            parameter.uniform_(-0.8, 0.8)
-    return networks, optimizer, args
-
-
 def make_constant(network, *outputs):
     """Let a network give these outputs, or critics one each, for every input."""
     with torch.no_grad():
@@ -205,13 +198,6 @@ def slow_losses(networks, batch, args, seed):
     return gradients, logs | {name: sum(numbers) / len(noise) for name, numbers in means.items()}
 
 
-def updated(networks, optimizer, batch, args, seed=7):
-    """The logs of one update after a seed, as numbers."""
-    torch.manual_seed(seed)
-    state = SimpleNamespace(networks=networks, optimizer=optimizer, phase="online", step=1)
-    return {name: float(value) for name, value in awac_sera.update(state, batch, args).items()}
-
-
 @pytest.mark.parametrize(
     "changes", [{"beta": 0.5}, {"weights": "exp", "beta": 0.1, "gamma": 0.5}, {"weight_decay": 0.5}]
 )
@@ -223,8 +209,8 @@ def test_update_by_loops(changes):
     networks, optimizer, args = make_networks(learning_rate=0.01, **changes)
     set_log_std(networks, -0.5, -0.1)  # wide enough for samples beyond [-1, 1]
     for seed in (7, 8):
-        gradients, expected = slow_losses(networks, make_batch(seed), args, seed)
-        logs = updated(networks, optimizer, make_batch(seed), args, seed)
+        gradients, expected = slow_losses(networks, make_batch(seed), args, seed=seed)
+        logs = updated(networks, optimizer, make_batch(seed), args, seed=seed)
         for name, value in expected.items():
             assert logs[f"losses/{name}"] == pytest.approx(value, rel=1e-4, abs=1e-5), name
         for name, slow_gradients in gradients.items():

@@ -3,17 +3,21 @@
 import copy
 import csv
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium
 import h5py
 import numpy as np
 import pytest
+import recompute
 import torch
-from slow import make_batch, policy_sample, q_value
+from recompute import CQL_VARIANTS, make_batch, policy_sample, q_value
 from torch import nn
 
 import calql_sera
+
+updated = partial(recompute.updated, calql_sera)
 
 # ------------------------------ returns-to-go
 ONCE = [0, 0, 1]  # one trajectory of three rows
@@ -354,26 +358,10 @@ def slow_losses(networks, batch, args, seed):
     return gradients, logs | {"calibrated_share": np.mean(lifted)}
 
 
-def updated(networks, optimizer, batch, args, seed=7):
-    """The logs of one update after a seed, as numbers."""
-    torch.manual_seed(seed)
-    state = SimpleNamespace(networks=networks, optimizer=optimizer)
-    return {name: float(value) for name, value in calql_sera.update(state, batch, args).items()}
-
-
-VARIANTS = {
-    "plain": {},
-    "one action": {"cql_actions": 1, "gamma": 0.5, "cql_weight": 0.3},
-    "max backup": {"max_backup": True},
-    "lagrange": {"cql_lagrange": True, "cql_weight": 2.0, "cql_gap": 0.4},
-    "wide gap": {"cql_lagrange": True, "cql_gap": 9.0},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CQL_VARIANTS)
 def test_update_by_loops(variant):
     """Losses and the gradient of every parameter, from its own loss alone, equal the slow recomputation."""
-    networks, optimizer, args = make_networks(**VARIANTS[variant])
+    networks, optimizer, args = make_networks(**CQL_VARIANTS[variant])
     batch = make_batch()
     gradients, expected = slow_losses(networks, batch, args, seed=7)
     assert 0.1 < expected["calibrated_share"] < 0.9
@@ -507,7 +495,7 @@ def test_learning_rates():
 
 def test_update_leaves_the_batch_alone():
     """No column of the batch is changed by an update, by none of its variants."""
-    for changes in VARIANTS.values():
+    for changes in CQL_VARIANTS.values():
         networks, optimizer, args = make_networks(**changes)
         batch = make_batch()
         before = {name: column.clone() for name, column in batch.items()}

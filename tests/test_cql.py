@@ -3,37 +3,18 @@
 import inspect
 import math
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from slow import make_batch
+from recompute import CQL_VARIANTS, make_batch, make_networks, updated
 
 import calql_sera
 import cql_sera
 
 
 # ------------------------------ Cal-QL without calibration
-def make_networks(script=cql_sera, **changes):
-    """Networks for 4 state and 2 action dimensions with random parameters, their optimiser, the arguments."""
-    args = script.Args(**({"device": "cpu", "hidden_dim": 8, "cql_actions": 3} | changes))
-    torch.manual_seed(0)
-    networks, optimizer = script.make_networks(4, 2, args)
-    with torch.no_grad():
-        for parameter in networks.parameters():
-            parameter.uniform_(-0.8, 0.8)
-    return networks, optimizer, args
-
-
-def updated(networks, optimizer, batch, args, seed=7, script=cql_sera):
-    """The logs of one update after a seed, as numbers."""
-    torch.manual_seed(seed)
-    state = SimpleNamespace(networks=networks, optimizer=optimizer)
-    return {name: float(value) for name, value in script.update(state, batch, args).items()}
-
-
 def cql_batch(seed=0):
     """A batch as CQL samples it: without returns-to-go."""
     batch = make_batch(seed)
@@ -53,26 +34,17 @@ def test_same_defaults_as_calql():
     assert cql_sera.PRESETS == calql_sera.PRESETS
 
 
-VARIANTS = {
-    "plain": {},
-    "one action": {"cql_actions": 1, "gamma": 0.5, "cql_weight": 0.3},
-    "max backup": {"max_backup": True},
-    "lagrange": {"cql_lagrange": True, "cql_weight": 2.0, "cql_gap": 0.4},
-    "wide gap": {"cql_lagrange": True, "cql_gap": 9.0},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CQL_VARIANTS)
 def test_calql_without_calibration(variant):
     """With R = -1e9 Cal-QL learns the same, bit for bit, in every network and log; with its own R not."""
-    changes = {"actor_lr": 0.01, "critic_lr": 0.02, "tau": 0.1} | VARIANTS[variant]
+    changes = {"actor_lr": 0.01, "critic_lr": 0.02, "tau": 0.1, "cql_actions": 3} | CQL_VARIANTS[variant]
     cql, unbounded, calql = (make_networks(script, **changes) for script in (cql_sera, *[calql_sera] * 2))
     for seed in range(5):
         batch = make_batch(seed)
-        updated(*calql[:2], batch, calql[2], seed, calql_sera)
+        updated(calql_sera, *calql[:2], batch, calql[2], seed=seed)
         batch["mc_returns"] = torch.full((6,), -1e9)
-        expected = updated(*unbounded[:2], batch, unbounded[2], seed, calql_sera)
-        logs = updated(*cql[:2], cql_batch(seed), cql[2], seed)
+        expected = updated(calql_sera, *unbounded[:2], batch, unbounded[2], seed=seed)
+        logs = updated(cql_sera, *cql[:2], cql_batch(seed), cql[2], seed=seed)
         assert expected.pop("losses/calibrated_share") == 0
         assert logs == expected
         for name, parameter in cql[0].named_parameters():
@@ -132,7 +104,7 @@ def test_sampled_actions_are_valued_at_the_state():
 
     Next actions valued at s', where Q_j is higher by 50, would make it 50. The target alone sees s'.
     """
-    networks, optimizer, args = make_networks(critic_layers=1, gamma=0.5)
+    networks, optimizer, args = make_networks(cql_sera, cql_actions=3, critic_layers=1, gamma=0.5)
     with torch.no_grad():
         for name in ("critics", "target_critics"):
             for parameter in networks[name].parameters():
@@ -145,7 +117,7 @@ def test_sampled_actions_are_valued_at_the_state():
         networks["actor"].log_std_offset.fill_(math.log(0.5))
     batch = cql_batch()
     batch["next_observations"][:, 0] = batch["observations"][:, 0] + 50
-    logs = updated(networks, optimizer, batch, args)
+    logs = updated(cql_sera, networks, optimizer, batch, args)
 
     torch.manual_seed(7)
     torch.randn(6, 2)  # the policy loss draws first
@@ -165,12 +137,16 @@ def test_sampled_actions_are_valued_at_the_state():
 
 def test_lagrange_loss_reaches_the_multiplier_alone():
     """w' has the slope -1/2 sum_j w' w (C_j - g); critics learn as with the fixed weight w' w."""
-    lagrange, optimizer, args = make_networks(cql_lagrange=True, cql_weight=2.0, cql_gap=0.4)
+    lagrange, optimizer, args = make_networks(
+        cql_sera, cql_actions=3, cql_lagrange=True, cql_weight=2.0, cql_gap=0.4
+    )
     multiplier = lagrange["lagrange"]["log_multiplier"]
-    fixed, fixed_optimizer, fixed_args = make_networks(cql_weight=2 * multiplier.exp().item())
+    fixed, fixed_optimizer, fixed_args = make_networks(
+        cql_sera, cql_actions=3, cql_weight=2 * multiplier.exp().item()
+    )
     expected = -0.5 * 2 * multiplier.exp().item()
-    conservative = updated(lagrange, optimizer, cql_batch(), args)["losses/conservative"]
-    updated(fixed, fixed_optimizer, cql_batch(), fixed_args)
+    conservative = updated(cql_sera, lagrange, optimizer, cql_batch(), args)["losses/conservative"]
+    updated(cql_sera, fixed, fixed_optimizer, cql_batch(), fixed_args)
     assert multiplier.grad.item() == pytest.approx(expected * 2 * (conservative - 0.4), rel=1e-5)
     assert fixed["lagrange"]["log_multiplier"].grad is None
     for name in ("actor", "critics", "temperature"):

@@ -3,32 +3,26 @@
 import copy
 import csv
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium
 import h5py
 import numpy as np
 import pytest
+import recompute
 import torch
-from slow import make_batch, q_value
+from recompute import make_batch, q_value
 
 import iql_sera
+
+make_networks = partial(recompute.make_networks, iql_sera)
+updated = partial(recompute.updated, iql_sera, phase="online")
 
 TRAINED = ("actor", "critics", "value")
 
 
 # ------------------------------ networks
-def make_networks(**changes):
-    """Networks for 4 state and 2 action dimensions with random parameters, their optimiser, the arguments."""
-    args = iql_sera.Args(**({"device": "cpu", "hidden_dim": 8} | changes))
-    torch.manual_seed(0)
-    networks, optimizer = iql_sera.make_networks(4, 2, args)
-    with torch.no_grad():
-        for parameter in networks.parameters():
-            parameter.uniform_(-0.8, 0.8)
-    return networks, optimizer, args
-
-
 def make_constant(network, *outputs):
     """Let a network give these outputs, or critics one each, for every input."""
     with torch.no_grad():
@@ -107,12 +101,6 @@ def test_state_value_and_bonus():
 
 
 # ------------------------------ the update
-def updated(networks, optimizer, batch, args, phase="online", step=1):
-    """The logs of one update, as numbers."""
-    state = SimpleNamespace(networks=networks, optimizer=optimizer, phase=phase, step=step)
-    return {name: float(value) for name, value in iql_sera.update(state, batch, args).items()}
-
-
 def test_expectile_loss_by_hand():
     """At tau 0.7 an error of 2 costs 2.8, one of -2 costs 1.2; the best V between 0 and 1 is then 0.7."""
     for errors, expected in (([2.0], 2.8), ([-2.0], 1.2), ([2.0, -2.0], 2.0), ([2.0, 0, 0, 0], 0.7)):
@@ -264,7 +252,7 @@ def test_learning_rates(phase, step, share):
     networks, optimizer, args = make_networks(offline_steps=100, learning_rate=0.1)
     networks, batch = networks.double(), {name: column.double() for name, column in make_batch().items()}
     before = copy.deepcopy(networks)
-    updated(networks, optimizer, batch, args, phase, step)
+    updated(networks, optimizer, batch, args, step=step, phase=phase)
     for name, rate in (("actor", 0.1 * share), ("critics", 0.1), ("value", 0.1)):
         pairs = zip(networks[name].parameters(), before[name].parameters())
         moved = [(new - old).abs().max().item() for new, old in pairs]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import shared_sections
 from conftest import ROOT, SCRIPTS
-from slow import make_batch
+from recompute import make_batch
 
 BUDGETS = {"cql_sera": 750, "calql_sera": 750}
 

@@ -3,36 +3,26 @@
 import copy
 import inspect
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium
 import h5py
 import numpy as np
 import pytest
+import recompute
 import torch
-from slow import make_batch, policy_sample, q_value
+from recompute import make_batch, policy_sample, q_value
 
 import calql_sera
 import sac_sera
 
+make_args = partial(recompute.make_args, sac_sera)
+make_networks = partial(recompute.make_networks, sac_sera)
+updated = partial(recompute.updated, sac_sera)
+
 
 # ------------------------------ networks
-def make_args(**changes):
-    """Arguments for tiny networks on the CPU."""
-    return sac_sera.Args(**({"device": "cpu", "hidden_dim": 8} | changes))
-
-
-def make_networks(**changes):
-    """Networks for 4 state and 2 action dimensions with random parameters, their optimiser, the arguments."""
-    args = make_args(**changes)
-    torch.manual_seed(0)
-    networks, optimizer = sac_sera.make_networks(4, 2, args)
-    with torch.no_grad():
-        for parameter in networks.parameters():
-            parameter.uniform_(-0.8, 0.8)
-    return networks, optimizer, args
-
-
 @pytest.mark.parametrize("name", ["squash", "act", "state_value"])
 def test_same_as_in_calql(name):
     """What acts and values states is Cal-QL's, to the letter: its tests hold here too."""
@@ -100,13 +90,6 @@ def slow_losses(networks, batch, args, seed):
     return gradients, logs
 
 
-def updated(networks, optimizer, batch, args, seed=7):
-    """The logs of one update after a seed, as numbers."""
-    torch.manual_seed(seed)
-    state = SimpleNamespace(networks=networks, optimizer=optimizer)
-    return {name: float(value) for name, value in sac_sera.update(state, batch, args).items()}
-
-
 @pytest.mark.parametrize("gamma", [0.99, 0.5])
 def test_update_by_loops(gamma):
     """Losses and the gradient of every parameter, from its own loss alone, equal the slow recomputation.
@@ -115,8 +98,8 @@ def test_update_by_loops(gamma):
     """
     networks, optimizer, args = make_networks(gamma=gamma, learning_rate=0.01)
     for seed in (7, 8):
-        gradients, expected = slow_losses(networks, make_batch(seed), args, seed)
-        logs = updated(networks, optimizer, make_batch(seed), args, seed)
+        gradients, expected = slow_losses(networks, make_batch(seed), args, seed=seed)
+        logs = updated(networks, optimizer, make_batch(seed), args, seed=seed)
         for name, value in expected.items():
             assert logs[f"losses/{name}"] == pytest.approx(value, rel=1e-4), name
         for name, slow_gradients in gradients.items():

@@ -2,32 +2,21 @@
 
 import copy
 import math
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
+import recompute
 import torch
-from slow import make_batch, q_value
+from recompute import make_batch, q_value
 
 import td3bc_sera
 
+make_args = partial(recompute.make_args, td3bc_sera)
+make_networks = partial(recompute.make_networks, td3bc_sera)
+updated = partial(recompute.updated, td3bc_sera)
+
 
 # ------------------------------ networks
-def make_args(**changes):
-    """Arguments for tiny networks on the CPU."""
-    return td3bc_sera.Args(**({"device": "cpu", "hidden_dim": 8} | changes))
-
-
-def make_networks(**changes):
-    """Networks for 4 state and 2 action dimensions with random parameters, their optimiser, the arguments."""
-    args = make_args(**changes)
-    torch.manual_seed(0)
-    networks, optimizer = td3bc_sera.make_networks(4, 2, args)
-    with torch.no_grad():
-        for parameter in networks.parameters():
-            parameter.uniform_(-0.8, 0.8)
-    return networks, optimizer, args
-
-
 def set_policy(actor, first, second):
     """Make a policy give the same two actions in every state."""
     with torch.no_grad():
@@ -119,13 +108,6 @@ def test_one_critic_alone():
 
 
 # ------------------------------ the update
-def updated(networks, optimizer, batch, args, step, phase="offline", seed=7):
-    """The logs of one update after a seed, as numbers."""
-    torch.manual_seed(seed)
-    state = SimpleNamespace(networks=networks, optimizer=optimizer, phase=phase, step=step)
-    return {name: float(value) for name, value in td3bc_sera.update(state, batch, args).items()}
-
-
 def rows_of(batch):
     """State, action, reward, next state and terminal of each row, in float64."""
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
