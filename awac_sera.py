@@ -106,7 +106,7 @@ class Args:
 # authors' for Gym-MuJoCo, but networks and batch are CORL's, whose table is the one to compare with; k of
 # walker2d is the SERA paper's.
 PRESETS = {
-    "hopper-medium-mini": {"offline_steps": 12_000, "online_steps": 6_000, "eval_every": 2_000},
+    "hopper-medium-mini": {"offline_steps": 5_000, "online_steps": 2_500, "eval_every": 500},
     "walker2d": {"sera_k": 20},
 }
 

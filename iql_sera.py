@@ -104,7 +104,7 @@ class Args:
 # authors' for Gym-MuJoCo, who normalise the rewards of all robots but ant; k of walker2d is the SERA paper's.
 PRESETS = {
     "hopper": {"normalize_rewards": True},
-    "hopper-medium-mini": {"offline_steps": 20_000, "online_steps": 12_000, "eval_every": 2_000},
+    "hopper-medium-mini": {"offline_steps": 5_000, "online_steps": 2_500, "eval_every": 500},
     "halfcheetah": {"normalize_rewards": True},
     "walker2d": {"normalize_rewards": True, "sera_k": 20},
 }

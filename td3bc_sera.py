@@ -108,7 +108,7 @@ class Args:
 # What differs from the defaults, by the start of the data set's name; longer starts win. The defaults are the
 # authors', who use them for all of Gym-MuJoCo; k of walker2d is the SERA paper's.
 PRESETS = {
-    "hopper-medium-mini": {"offline_steps": 20_000, "online_steps": 12_000, "eval_every": 2_000},
+    "hopper-medium-mini": {"offline_steps": 5_000, "online_steps": 2_500, "eval_every": 500},
     "walker2d": {"sera_k": 20},
 }
 
