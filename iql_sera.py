@@ -19,7 +19,8 @@ and m = 1 - terminal: time-outs bootstrap, terminals do not. In this order, each
 (4) critics       L_Q = sum_j mean (Q_j(s, a) - y)^2
 
 SERA, online only, puts r + lambda tanh(H) in place of r in (3). Nothing else sees the bonus: not the stored
-rewards, no score. Neighbours are rows i, j of the batch, with q_i = min_j Q_j(s_i, a_i), not V:
+rewards, no score. Neighbours are rows i, j of the batch, with q_i = min_j Q_j(s_i, a_i), or,
+with --sera-bonus v, q_i = V(s_i), the value network:
 
 (S1) rho_i = k-th smallest over j != i of max( |s_i - s_j|, |q_i - q_j| )
 (S2) n_i   = #{ j != i : |q_i - q_j| < rho_i }

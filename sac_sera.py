@@ -20,7 +20,8 @@ m = 1 - terminal: time-outs bootstrap, terminals do not.
 (4) temperature   L_alpha = -mean( log alpha (log pi(a|s) - |A|) )
 
 SERA, online only, puts r + lambda tanh(H) in place of r in (1). Nothing else sees the bonus: not the stored
-rewards, no score. Neighbours are rows i, j of the batch, with q_i = min_j Q_j(s_i, a_i):
+rewards, no score. Neighbours are rows i, j of the batch, with q_i = min_j Q_j(s_i, a_i), or,
+with --sera-bonus v, q_i = V(s_i) := min_j Q_j(s_i, tanh of the mean of pi):
 
 (S1) rho_i = k-th smallest over j != i of max( |s_i - s_j|, |q_i - q_j| )
 (S2) n_i   = #{ j != i : |q_i - q_j| < rho_i }
