@@ -30,7 +30,7 @@ with --sera-bonus v, q_i = V(s_i) := min_j Q_j(s_i, tanh of the mean of pi):
 
 # ------------------------------ imports (shared)
 import copy
-import difflib
+import ctypes
 import hashlib
 import itertools
 import json
@@ -79,7 +79,6 @@ class Args:
     eval_episodes: int = 10  # episodes of an evaluation
     checkpoint_every: float = 25_000  # steps between checkpoints; each phase also ends with one
     resume: bool = False  # go on from the checkpoint in --run-dir; its arguments are the defaults
-    capture_video: bool = False  # film the first episode of each evaluation
     batch_size: int = 256  # rows of a batch
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak rate of the target networks
@@ -186,20 +185,24 @@ def q_conditioned_entropy(observations: Tensor, q_values: Tensor, k: int, logs: 
     """The bare estimate H_i of eqs. (S1) to (S3), without scaling or tanh: (B, d), (B,) -> (B,).
 
     Up to a constant, d mean(H_i) - psi(k) is the KSG estimate (Kraskov et al. 2004) of the entropy of states
-    given their value, in nats. The paper prints "log 2 max(...)" but means log(2 max(...)). Neighbours are
-    other rows: ValueError unless 1 <= k < B. Duplicates are fine. logs, if given, takes numbers to watch.
+    given their value, in nats. The paper prints "log 2 max(...)" but means log(2 max(...)). ValueError unless
+    1 <= k < B. Duplicates are fine. logs, if given, takes numbers to watch.
     """
     batch_size, dimension = observations.shape
     if not 1 <= k < batch_size:
         raise ValueError(f"k is {k}, but {batch_size} rows allow 1 to {batch_size - 1}")
     observations, q_values = (x.float() if x.itemsize < 4 else x for x in (observations, q_values))
-    # Exact distances: cdist's matrix-product shortcut loses 10 to 30% on close neighbours. n compares the
-    # very floats that set rho, so that the k-th neighbour itself is not counted (KSG's strict <).
-    q_distances = (q_values[:, None] - q_values[None, :]).abs()
-    distances = torch.cdist(observations, observations, compute_mode="donot_use_mm_for_euclid_dist")
-    distances = torch.maximum(distances, q_distances).fill_diagonal_(torch.inf)
-    radii = distances.topk(k, largest=False).values.amax(1).clamp_min(1e-6)  # of equal rows: log stays finite
-    counts = (q_distances < radii[:, None]).sum(1) - 1  # the row itself is always among them
+    radii, counts = [], []
+    for rows in torch.arange(batch_size, device=q_values.device).split(max(1, 2**22 // batch_size)):  # memory
+        # Exact distances: cdist's matrix-product shortcut loses 10 to 30% on close neighbours. n compares the
+        # very floats that set rho, so that the k-th neighbour itself is not counted (KSG's strict <).
+        q_distances = (q_values[rows, None] - q_values).abs()
+        q_distances.scatter_(1, rows[:, None], torch.inf)  # no row is a neighbour of its own
+        exact = torch.cdist(observations[rows], observations, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = torch.maximum(exact, q_distances).topk(k, largest=False, sorted=False).values
+        radii.append(nearest.amax(1).clamp_min(1e-6))  # of equal rows: log stays finite
+        counts.append((q_distances < radii[-1][:, None]).sum(1))
+    radii, counts = torch.cat(radii), torch.cat(counts)
     psi = torch.arange(1, batch_size + 1, dtype=torch.float64, device=radii.device).digamma()  # psi[n]: n + 1
     if logs is not None:
         logs |= {"sera/neighbours": counts.float().mean(), "sera/floored": radii.le(1e-6).float().mean()}
@@ -207,17 +210,24 @@ def q_conditioned_entropy(observations: Tensor, q_values: Tensor, k: int, logs: 
 
 
 @torch.no_grad()
+def sera_values(networks: nn.ModuleDict, rows: dict, args: Args) -> Tensor:
+    """q_i of eq. (S1), (B,): min_j Q_j, or V, or for the entropy of the state alone one value for all."""
+    if args.sera_bonus not in ("q", "v"):
+        return torch.zeros_like(rows["rewards"])
+    blocks = zip(*(rows[name].split(2**14) for name in ("observations", "actions")))  # bounds the memory
+    if args.sera_bonus == "v":
+        return torch.cat([state_value(networks, s) for s, _ in blocks])
+    return torch.cat([networks["critics"](s, a).amin(0) for s, a in blocks])
+
+
+@torch.no_grad()
 def sera_bonus(networks: nn.ModuleDict, batch: dict, live: Tensor, args: Args) -> tuple[Tensor, dict]:
     """lambda tanh(H) for every row (B,), and numbers to log. live: the state dimensions that ever change."""
-    observations, rewards, logs = batch["observations"], batch["rewards"], {}
     if args.sera_bonus == "constant":
-        bonus = torch.full_like(rewards, args.sera_constant)
+        bonus = torch.full_like(batch["rewards"], args.sera_constant)
         return args.sera_coef * bonus, {"sera/bonus_mean": bonus.mean()}
-    q_values = torch.zeros_like(rewards)  # one value for all: H is then the entropy of the state alone
-    if args.sera_bonus == "q":
-        q_values = networks["critics"](observations, batch["actions"]).amin(0)
-    elif args.sera_bonus == "v":
-        q_values = state_value(networks, observations)
+    observations, logs = batch["observations"], {}
+    q_values = batch["sera_q"] if "sera_q" in batch else sera_values(networks, batch, args)
     if args.sera_scale == "dim":  # as VCSE's SAC does; ant has 84 dimensions that never change
         observations = observations[:, live] / len(live)
         q_values = (q_values - q_values.mean()) / torch.sqrt(q_values.var(correction=0) + 1e-5)
@@ -280,7 +290,6 @@ TASKS = {
     "ant": Task("Ant-v4", 111, 8, -325.6, 3879.7),
 }
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
-MIRROR = "huggingface.co/datasets/imone/D4RL"  # named in errors, never fetched: its layout is unchecked
 # Every known data set and its file; v0 has no full-replay and calls medium-replay "mixed".
 DATASETS = {"hopper-medium-mini": "data/hopper-medium-mini.hdf5"}  # comes with the repository
 KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay")
@@ -293,13 +302,12 @@ DATASETS["ant-random-expert-v0"] = "gym_mujoco/ant_random_expert.hdf5"
 
 
 def find_task(env: str) -> Task:
-    """The task of a data set id; ValueError, with the nearest known id, for any other."""
+    """The task of a data set id; ValueError for any other."""
     if env in DATASETS:
         return TASKS[env.split("-")[0]]
     if env.startswith(("antmaze-", "pen-", "door-", "hammer-", "relocate-", "kitchen-", "maze2d-")):
         raise ValueError(f"--env {env} is not supported yet: use a Gym-MuJoCo id such as hopper-medium-v2")
-    nearest = difflib.get_close_matches(env, DATASETS, n=1, cutoff=0)[0]
-    raise ValueError(f"--env {env} is not a known data set: did you mean {nearest}?")
+    raise ValueError(f"--env {env} is not a known data set: give one such as walker2d-medium-replay-v2")
 
 
 def find_dataset(env: str, dataset_path: str | None = None) -> Path:
@@ -323,17 +331,17 @@ def find_dataset(env: str, dataset_path: str | None = None) -> Path:
             return part.rename(path)
     except Exception as error:  # whatever the network or the disk may raise
         tried = f"could not download {env} ({error}), tried {url}"
-        fix = f"put {path.name} into {cache} (a mirror is {MIRROR}) or use --dataset-path"
-        raise FileNotFoundError(f"{tried}: {fix}") from None
+        fix = f"put {path.name} into {cache} (a mirror is huggingface.co/datasets/imone/D4RL)"
+        raise FileNotFoundError(f"{tried}: {fix} or use --dataset-path") from None
 
 
 def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray]:
     """The transitions of a data set: exactly those of d4rl.qlearning_dataset, in the order of the file.
 
     observations (N, d), actions (N, a), rewards (N,), next_observations (N, d) float32; terminals, dones (N,)
-    bool. Time-out rows and the last row are left out: the state after them is not stored. terminals stop the
-    bootstrap; dones marks a trajectory's last kept row, whatever ended it. The next observation of a terminal
-    is the next episode's first: use it masked only. ValueError or FileNotFoundError for an unusable file.
+    bool. Time-outs and the last row are left out: no state after them is stored. dones marks a trajectory's
+    last kept row. After a terminal comes the next episode's state: use it masked only. ValueError or
+    FileNotFoundError for an unusable file.
     """
     task, path = find_task(env), find_dataset(env, dataset_path)
     widths = {"observations": (task.observation_dim,), "actions": (task.action_dim,)}
@@ -432,13 +440,8 @@ def use_d4rl_physics(env: gymnasium.Env) -> None:
 
 
 def make_env(env: str, physics: str = "d4rl", render_mode: str | None = None) -> gymnasium.Env:
-    """A data set's environment: Gymnasium's -v4 (-v5 changed rewards) with actions clipped to [-1, 1].
-
-    physics="d4rl" or, for the model as shipped, "gymnasium"; ValueError for another, or for an unknown id.
-    """
+    """Gymnasium's -v4 (-v5 changed rewards), actions clipped; physics: "d4rl", or "gymnasium" as shipped."""
     task = find_task(env)
-    if physics not in ("d4rl", "gymnasium"):
-        raise ValueError(f"--physics {physics} is unknown: use d4rl or gymnasium")
     mujoco.set_mju_user_warning(warnings.warn)  # else C code writes MUJOCO_LOG.TXT into the working directory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # -v4 is deprecated, and half_cheetah.xml uses a deprecated attribute
@@ -544,12 +547,14 @@ def set_up(args: Args) -> SimpleNamespace:
     run_dir = Path(args.run_dir or f"runs/{run_name}")
     if (run_dir / "config.json").exists() and not args.resume:
         raise ValueError(f"--run-dir {run_dir} already holds a run: add --resume, or name another folder")
-    config = {"script": script.stem, "data_id": args.env, "env_id": task.env_id, "physics": args.physics}
-    data = None
+    config, data = {"script": script.stem, "env_id": task.env_id, "python": sys.version.split()[0]}, None
     if args.offline_steps or args.mixing_ratio:
         data, path = load_d4rl(args.env, args.dataset_path), find_dataset(args.env, args.dataset_path)
         config |= {"data_file": str(path), "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     torch.set_flush_denormal(True)  # numbers about to underflow can slow a CPU down
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: do not hand large blocks back to the kernel,
+        libc.mallopt(-3, 2**30)  # which clears them anew (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): a fourth of
+        libc.mallopt(-1, 2**31 - 1)  # the time of CQL's updates
     torch.manual_seed(args.seed)
     networks, optimizer = make_networks(task.observation_dim, task.action_dim, args)
     bonus_networks = networks if args.sera_critic == "current" else copy.deepcopy(networks)
@@ -558,24 +563,14 @@ def set_up(args: Args) -> SimpleNamespace:
     state.networks, state.optimizer, state.buffer = networks, optimizer, ReplayBuffer(data, args)
     if args.resume:
         load_checkpoint(run_dir / "checkpoint.pt", state)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--run-dir {run_dir}: {error.strerror}, so name another folder") from None
+    run_dir.mkdir(parents=True, exist_ok=True)
     state.env = make_env(args.env, args.physics)
     state.eval_envs = [make_env(args.env, args.physics) for _ in range(args.eval_episodes)]
-    if args.capture_video:
-        filmed = make_env(args.env, args.physics, render_mode="rgb_array")
-        state.eval_envs[0] = gymnasium.wrappers.RecordVideo(filmed, str(run_dir / "videos"), lambda _: True)
-    packages = ("torch", "gymnasium", "mujoco", "numpy", "h5py", "tyro", "tensorboard")
-    versions = {"python": sys.version.split()[0]} | {package: version(package) for package in packages}
+    versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "h5py")}
     commit = subprocess.getoutput(f"git -C '{script.parent}' rev-parse HEAD 2>/dev/null")  # "" without git
     config |= {"versions": versions, "git_commit": commit or None, "args": asdict(args)}
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(f"{args.env}: {state.buffer.offline_size:,} rows; {task.env_id} with {args.physics} physics")
-    print(json.dumps(versions), f"\non {args.device}, writing to {run_dir}")
-    if args.sera_coef and args.sera_critic == "offline" and not args.offline_steps:
-        print("no offline steps: SERA's frozen critics are untrained ones, as under --sera-critic random")
+    print(f"{args.env}: {state.buffer.offline_size:,} rows, {args.physics} physics; {args.device}; {run_dir}")
     return state
 
 
@@ -583,6 +578,12 @@ def train(args: Args, state: SimpleNamespace) -> None:
     """The offline phase, the switch and the online phase, with evaluations, logs and checkpoints."""
     networks, buffer, env, space = state.networks, state.buffer, state.env, state.env.observation_space
     live = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(args.device)
+
+    def add_values(rows: slice) -> None:  # with frozen critics q is computed once, when a row enters
+        if args.sera_coef and args.sera_critic != "current" and rows.stop:
+            column = buffer.columns.setdefault("sera_q", torch.zeros(buffer.capacity, device=args.device))
+            entered = {name: values[rows] for name, values in buffer.columns.items()}
+            column[rows] = sera_values(state.bonus_networks, entered, args)
 
     def policy(observations: np.ndarray, deterministic: bool = True) -> np.ndarray:
         with torch.no_grad():
@@ -616,6 +617,7 @@ def train(args: Args, state: SimpleNamespace) -> None:
         progress = tqdm(total=steps, initial=state.step, desc=phase, unit=" steps", mininterval=1)
         if phase == "online":
             observation, _ = env.reset(seed=args.seed + state.step)
+            add_values(slice(0, buffer.offline_size))
             if state.step == 0:
                 run_evaluation()
         while state.step < steps:
@@ -632,6 +634,7 @@ def train(args: Args, state: SimpleNamespace) -> None:
                 if done or not episode_columns:
                     names = ("observations", "actions", "rewards", "next_observations", "terminals", "dones")
                     buffer.append({name: np.array(column) for name, column in zip(names, zip(*pending))})
+                    add_values(slice(buffer.size - len(pending), buffer.size))
                     pending = []
 
             online_rows = args.batch_size - round(args.batch_size * args.mixing_ratio)
@@ -657,12 +660,7 @@ def train(args: Args, state: SimpleNamespace) -> None:
                 save_checkpoint(state.run_dir / "checkpoint.pt", state, args)
         progress.close()
     writer.close()
-    state.eval_envs[0].close()  # ends the last film
-    groups = itertools.groupby(state.evals, key=lambda row: row[:2])
-    means = [(*key, np.mean([row[-1] for row in rows])) for key, rows in groups]  # over episodes
-    early = [mean for phase, step, mean in means if phase == "online" and step <= 50_000] or [means[-1][-1]]
-    dip = f"{early[0] - min(early):.1f}  (to {min(early):.1f}, within the first 50,000 online steps)"
-    print(f"offline score  {early[0]:.1f}\ndip            {dip}\nfinal score    {means[-1][-1]:.1f}")
+    print(f"final score {np.mean([row[-1] for row in state.evals[-args.eval_episodes :]]):.1f}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,7 +28,7 @@ def test_drift_is_found_and_mended(tmp_path, capsys):
     own = (ROOT / "sac_sera.py").read_text().replace("log_std.clamp(-5, 2)", "log_std.clamp(-4, 2)")
     (tmp_path / "sac_sera.py").write_text(own.replace("amax(1).clamp_min(1e-6)", "amax(1).clamp_min(1e-5)"))
     assert shared_sections.main(tmp_path, write=False) == 1
-    assert "-    radii" in capsys.readouterr().out
+    assert "-        radii" in capsys.readouterr().out
     shared_sections.main(tmp_path, write=True)
     assert shared_sections.main(tmp_path, write=False) == 0
     assert (tmp_path / "sac_sera.py").read_text() == own

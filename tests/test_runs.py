@@ -67,9 +67,11 @@ def test_what_a_run_writes(script, tmp_path, capsys):
     config = json.loads((run_dir / "config.json").read_text())
     assert config["args"]["online_steps"] == 40 and config["args"]["gamma"] == 0.99
     assert (
-        config["env_id"] == "Hopper-v4" and config["physics"] == "d4rl" and len(config["data_sha256"]) == 64
+        config["env_id"] == "Hopper-v4"
+        and config["args"]["physics"] == "d4rl"
+        and len(config["data_sha256"]) == 64
     )
-    assert {"python", "torch", "gymnasium", "mujoco", "numpy"} <= set(config["versions"])
+    assert {"torch", "gymnasium", "mujoco", "numpy"} <= set(config["versions"]) and config["python"] > "3.11"
     events = EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]
     assert {"eval/normalized_score", "eval/return", "charts/SPS", "losses/q_data"} <= set(events)
     sera = {"bonus_mean", "bonus_sd", "above_0.95", "neighbours", "floored"}
@@ -77,11 +79,8 @@ def test_what_a_run_writes(script, tmp_path, capsys):
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert (checkpoint["phase"], checkpoint["step"], checkpoint["script"]) == ("online", 40, script.__name__)
     out = capsys.readouterr().out
-    offline = np.mean([float(row["normalized_score"]) for row in rows(run_dir)[4:6]])
     final = np.mean([float(row["normalized_score"]) for row in rows(run_dir)[-2:]])
-    *_, first, second, third = out.strip().splitlines()
-    assert first.split() == ["offline", "score", f"{offline:.1f}"]
-    assert second.startswith("dip") and third.split() == ["final", "score", f"{final:.1f}"]
+    assert out.splitlines()[-1] == f"final score {final:.1f}"
 
 
 def test_phases_of_zero_steps(script, tmp_path):

@@ -320,7 +320,8 @@ def test_rows_from_scratch(train):
     env, rows = run.envs[0], run.last["online_rows"]
     one = torch.tensor(1.0)
     assert run.last["normalizer"] == {"mean": torch.tensor(0.0), "std": one, "reward_scale": one}
-    assert rows.keys() == {"observations", "actions", "rewards", "next_observations", "terminals"}
+    names = {"observations", "actions", "rewards", "next_observations", "terminals", "sera_q"}
+    assert rows.keys() == names
     np.testing.assert_array_equal(rows["observations"], np.array(env.states, dtype=np.float32))
     np.testing.assert_array_equal(rows["next_observations"], np.array(env.next_states, dtype=np.float32))
     np.testing.assert_array_equal(

@@ -280,6 +280,19 @@ def test_smallest_batch():
         np.testing.assert_allclose(result, brute_force(states, values, batch_size - 1)[2], rtol=0, atol=1e-9)
 
 
+def test_blocks(script):
+    """Above 2048 rows the batch is taken in blocks, which changes no row: compared with one big matrix."""
+    states, values = random_batch(14, 3000, d=3)
+    states[2000] = states[10]  # a neighbour in another block
+    result = script.q_conditioned_entropy(torch.from_numpy(states), torch.from_numpy(values), 4)
+    in_value = np.abs(values[:, None] - values)
+    np.fill_diagonal(in_value, np.inf)
+    joint = np.maximum(np.linalg.norm(states[:, None] - states, axis=-1), in_value)
+    radii = np.sort(joint, axis=1)[:, 3]
+    counts = (in_value < radii[:, None]).sum(1)
+    np.testing.assert_allclose(result, digamma(counts + 1) / 3 + np.log(2 * radii), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize(("k", "batch_size"), [(0, 37), (-4, 37), (37, 37), (38, 37), (1, 1)])
 def test_impossible_k(k, batch_size):
     """k below 1, or not below the batch size, is refused with both numbers in the message."""
