@@ -137,8 +137,7 @@ class TwinCritics(nn.Module):
         *hidden, (last_weight, last_bias) = zip(self.weights, self.biases)
         for weight, bias in hidden:
             x = torch.baddbmm(bias[:count], x, weight[:count]).relu_()
-        # A product with one column is slow as a matrix product, and slower backward.
-        q_values = (x * last_weight[:count].mT).sum(-1) + last_bias[:count, 0]
+        q_values = (x * last_weight[:count].mT).sum(-1) + last_bias[:count, 0]  # faster than one column
         return q_values.reshape(count, *inputs.shape[:-1])
 
 
@@ -210,12 +209,10 @@ def q_conditioned_entropy(observations: Tensor, q_values: Tensor, k: int, logs: 
 @torch.no_grad()
 def sera_values(networks: nn.ModuleDict, rows: dict, args: Args) -> Tensor:
     """q_i of eq. (S1), (B,): min_j Q_j, or V, or for the entropy of the state alone one value for all."""
-    if args.sera_bonus not in ("q", "v"):
-        return torch.zeros_like(rows["rewards"])
     blocks = zip(*(rows[name].split(2**14) for name in ("observations", "actions")))  # bounds the memory
-    if args.sera_bonus == "v":
-        return torch.cat([state_value(networks, s) for s, _ in blocks])
-    return torch.cat([networks["critics"](s, a).amin(0) for s, a in blocks])
+    if args.sera_bonus == "q":
+        return torch.cat([networks["critics"](s, a).amin(0) for s, a in blocks])
+    return torch.cat([state_value(networks, s) if args.sera_bonus == "v" else 0 * s[:, 0] for s, _ in blocks])
 
 
 @torch.no_grad()
@@ -331,9 +328,8 @@ def find_dataset(env: str, dataset_path: str | None = None) -> Path:
             h5py.File(part).close()  # refuses a truncated file
             return part.rename(path)
     except Exception as error:  # whatever the network or the disk may raise
-        tried = f"could not download {env} ({error}), tried {url}"
-        fix = f"put {path.name} into {cache} (a mirror is huggingface.co/datasets/imone/D4RL)"
-        raise FileNotFoundError(f"{tried}: {fix} or use --dataset-path") from None
+        fix = f"put it into {cache} (mirror: huggingface.co/datasets/imone/D4RL) or use --dataset-path"
+        raise FileNotFoundError(f"could not download {env} ({error}), tried {url}: {fix}") from None
 
 
 def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray]:
@@ -465,7 +461,7 @@ def normalized_score(env: str, returns: float | np.ndarray) -> float | np.ndarra
 
 def evaluate(policy, envs: list[gymnasium.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Returns (E,) and lengths (E,) of an episode in each environment; policy: (E, d) -> actions (E, a)."""
-    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+    observations = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
     returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), dtype=int), list(range(len(envs)))
     while running:
         actions = policy(observations)
@@ -481,22 +477,22 @@ def evaluate(policy, envs: list[gymnasium.Env], seeds: list[int]) -> tuple[np.nd
 # ------------------------------ checkpoint (shared)
 def save_checkpoint(path: Path, state: SimpleNamespace, args: Args) -> None:
     """Write to a temporary file, then rename: a crash leaves the previous checkpoint whole."""
-    buffer, checkpoint = state.buffer, {"script": Path(__file__).stem, "args": asdict(args)}
-    checkpoint |= {"phase": state.phase, "step": state.step, "evals": state.evals}
+    buffer, saved = state.buffer, {"script": Path(__file__).stem, "args": asdict(args)}
+    saved |= {"phase": state.phase, "step": state.step, "evals": state.evals}
     for part in ("networks", "bonus_networks"):
-        checkpoint[part] = {name: network.state_dict() for name, network in getattr(state, part).items()}
-    checkpoint["optimizer"] = state.optimizer.state_dict()
-    names = ("mean", "std", "reward_scale")
-    checkpoint["normalizer"] = {name: torch.as_tensor(getattr(buffer, name)) for name in names}
+        saved[part] = {name: network.state_dict() for name, network in getattr(state, part).items()}
+    saved["optimizer"] = state.optimizer.state_dict()
+    saved["normalizer"] = {x: torch.as_tensor(getattr(buffer, x)) for x in ("mean", "std", "reward_scale")}
     online = slice(buffer.offline_size, buffer.size)
-    checkpoint["online_rows"] = {name: column[online].clone() for name, column in buffer.columns.items()}
-    checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    torch.save(checkpoint, path.with_suffix(".tmp"))
+    saved["online_rows"] = {name: column[online].clone() for name, column in buffer.columns.items()}
+    saved["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    saved["rng"]["env"] = state.env.unwrapped.np_random.bit_generator.state
+    torch.save(saved, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_checkpoint(path: Path, state: SimpleNamespace) -> None:
-    """Put a checkpoint into a freshly made state; the environment will start a new episode."""
+    """Put a checkpoint into a freshly made state."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     state.phase, state.step, state.evals = (checkpoint[name] for name in ("phase", "step", "evals"))
     for part in ("networks", "bonus_networks"):
@@ -504,6 +500,7 @@ def load_checkpoint(path: Path, state: SimpleNamespace) -> None:
             getattr(state, part)[name].load_state_dict(saved)
     state.optimizer.load_state_dict(checkpoint["optimizer"])
     state.buffer.write(checkpoint["online_rows"])
+    state.env.unwrapped.np_random.bit_generator.state = checkpoint["rng"]["env"]
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
 
@@ -544,8 +541,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def set_up(args: Args) -> SimpleNamespace:
     """Run directory, data, networks, environments: all that bad input can make fail, before any training."""
     task, script = find_task(args.env), Path(__file__).resolve()
-    run_name = f"{args.env}__{script.stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or f"runs/{run_name}")
+    run_dir = Path(args.run_dir or f"runs/{args.env}__{script.stem}__{args.seed}__{int(time.time())}")
     if (run_dir / "config.json").exists() and not args.resume:
         raise ValueError(f"--run-dir {run_dir} already holds a run: add --resume, or name another folder")
     config, data = {"script": script.stem, "env_id": task.env_id, "python": sys.version.split()[0]}, None
@@ -557,19 +553,19 @@ def set_up(args: Args) -> SimpleNamespace:
         libc.mallopt(-3, 2**30)  # which clears them anew (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): a fourth of
         libc.mallopt(-1, 2**31 - 1)  # the time of CQL's updates
     torch.manual_seed(args.seed)
-    networks, optimizer = make_networks(task.observation_dim, task.action_dim, args)
-    bonus_networks = networks if args.sera_critic == "current" else copy.deepcopy(networks)
     # All that training changes, in one place, so that a checkpoint is whole. step counts within the phase.
-    state = SimpleNamespace(phase="offline", step=0, evals=[], run_dir=run_dir, bonus_networks=bonus_networks)
-    state.networks, state.optimizer, state.buffer = networks, optimizer, ReplayBuffer(data, args)
+    state = SimpleNamespace(phase="offline", step=0, evals=[], run_dir=run_dir)
+    state.buffer, state.env = ReplayBuffer(data, args), make_env(args.env, args.physics)
+    state.networks, state.optimizer = make_networks(task.observation_dim, task.action_dim, args)
+    state.bonus_networks = state.networks if args.sera_critic == "current" else copy.deepcopy(state.networks)
     if args.resume:
         load_checkpoint(run_dir / "checkpoint.pt", state)
     run_dir.mkdir(parents=True, exist_ok=True)
-    state.env = make_env(args.env, args.physics)
     state.eval_envs = [make_env(args.env, args.physics) for _ in range(args.eval_episodes)]
     versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "h5py")}
     commit = subprocess.getoutput(f"git -C '{script.parent}' rev-parse HEAD 2>/dev/null")  # "" without git
     config |= {"versions": versions, "git_commit": commit or None, "args": asdict(args)}
+    save_checkpoint(run_dir / "checkpoint.pt", state, args)  # from here on --resume works
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"{args.env}: {state.buffer.offline_size:,} rows, {args.physics} physics; {args.device}; {run_dir}")
     return state
@@ -593,8 +589,7 @@ def train(args: Args, state: SimpleNamespace) -> None:
 
     def run_evaluation() -> None:
         # The start states depend on phase and step alone: new at each evaluation, the same in every run.
-        sequence = np.random.SeedSequence([state.phase == "online", state.step])
-        seeds = sequence.generate_state(args.eval_episodes).tolist()
+        seeds = np.random.SeedSequence([phase == "online", state.step]).generate_state(args.eval_episodes)
         returns, lengths = evaluate(policy, state.eval_envs, seeds)
         scores = normalized_score(args.env, returns)
         rows = zip(itertools.count(), returns.tolist(), lengths.tolist(), scores.tolist())
@@ -608,6 +603,7 @@ def train(args: Args, state: SimpleNamespace) -> None:
     before = args.offline_steps if state.phase == "online" else 0
     writer = SummaryWriter(state.run_dir, purge_step=before + state.step + 1 if args.resume else None)
     random_steps, pending = 0 if args.offline_steps or args.mixing_ratio else args.random_steps, []
+    done, due = True, False
     for phase, steps in (("offline", args.offline_steps), ("online", args.online_steps)):
         if phase == "online" and state.phase == "offline":  # the switch: networks and optimisers simply go on
             state.phase, state.step, before = "online", 0, args.offline_steps
@@ -617,13 +613,14 @@ def train(args: Args, state: SimpleNamespace) -> None:
             continue
         progress = tqdm(total=steps, initial=state.step, desc=phase, unit=" steps", mininterval=1)
         if phase == "online":
-            observation, _ = env.reset(seed=args.seed + state.step)
             add_values(slice(0, buffer.offline_size))
             if state.step == 0:
                 run_evaluation()
         while state.step < steps:
             state.step += 1
             if phase == "online":
+                if done:  # after the first reset the environment's own generator draws the start states
+                    observation, _ = env.reset(seed=args.seed if state.step == 1 else None)
                 if state.step <= random_steps:
                     action = (torch.rand(env.action_space.shape) * 2 - 1).numpy()
                 else:
@@ -631,7 +628,7 @@ def train(args: Args, state: SimpleNamespace) -> None:
                 next_observation, reward, terminated, truncated, _ = env.step(action)
                 done = terminated or truncated
                 pending.append((observation, action, reward, next_observation, terminated, done))
-                observation = env.reset()[0] if done else next_observation
+                observation = next_observation
                 if done or not episode_columns:
                     names = ("observations", "actions", "rewards", "next_observations", "terminals", "dones")
                     buffer.append({name: np.array(column) for name, column in zip(names, zip(*pending))})
@@ -657,8 +654,10 @@ def train(args: Args, state: SimpleNamespace) -> None:
                     writer.add_scalar(name, float(value), before + state.step)
             if state.step % args.eval_every == 0 or state.step == steps:
                 run_evaluation()
-            if state.step % args.checkpoint_every == 0 or state.step == steps:
+            due = due or state.step % args.checkpoint_every == 0
+            if (due and done) or state.step == steps:  # between episodes: so a resumed run is the very same
                 save_checkpoint(state.run_dir / "checkpoint.pt", state, args)
+                due = False
         progress.close()
     writer.close()
     print(f"final score {np.mean([row[-1] for row in state.evals[-args.eval_episodes :]]):.1f}")

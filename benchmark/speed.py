@@ -2,7 +2,8 @@
 
     python benchmark/speed.py                                    # all scripts, ten minutes on 2 CPU cores
     python benchmark/speed.py --peers peers/bin/python           # d3rlpy beside them, see benchmark/peers.py
-    python benchmark/speed.py --techniques                       # what each trick buys, by undoing it
+    python benchmark/speed.py --profile                          # what part of an update is matrix products
+    python benchmark/speed.py --techniques --rounds 3            # what each trick buys, by undoing it
     python benchmark/speed.py --shape 376,17 --scripts iql_sera  # other dimensions
 
 Everything that is compared is measured in turns, a second each, and reported as the median over the rounds:
@@ -11,7 +12,6 @@ also writes a JSON line for each number.
 """
 
 import contextlib
-import ctypes
 import importlib
 import io
 import itertools
@@ -58,8 +58,12 @@ class Args:
     """also measure torch.compile, and on a GPU its CUDA graphs"""
     knn: bool = True
     """also measure the bonus alone, up to 16384 rows"""
+    profile: bool = False
+    """instead measure how much of an update is spent in matrix products"""
     techniques: bool = False
     """instead measure each technique of benchmark/techniques.toml by undoing it"""
+    restarts: int = 5
+    """with --techniques: how often both sides start anew, to take their turns from another place in memory"""
     peers: str | None = None
     """Python of an environment with d3rlpy, to measure beside the scripts"""
     threads: int = 2
@@ -227,10 +231,11 @@ def rate(run: Callable[[], dict], seconds: float, args: Args) -> float:
 
 
 def in_turns(turns: dict[str, Callable[[float], float]], args: Args) -> dict[str, list[float]]:
-    """Each turn's rates, one a round."""
+    """Each turn's rates, one a round; every second round goes backwards, so that no place is the better."""
     rates = {name: [] for name in turns}
-    for _, (name, turn) in itertools.product(range(args.rounds), turns.items()):
-        rates[name].append(turn(args.seconds))
+    for number in range(args.rounds):
+        for name in list(turns)[:: -1 if number % 2 else 1]:
+            rates[name].append(turns[name](args.seconds))
     return rates
 
 
@@ -327,6 +332,31 @@ def speeds(args: Args, folder: str, write: Callable) -> None:
         )
 
 
+def profile_table(args: Args, folder: str, write: Callable) -> None:
+    heads = ["script", "ms per update", "in matrix products", "the same at the peak", "all else"]
+    print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|", flush=True)
+    for name in args.scripts:
+        script = load(name, args.shape)
+        run = offline_update(script, args, folder, script.update)
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(4):
+                run()
+        turns = {"update": lambda seconds, run=run: rate(run, seconds, args)}
+        turns["peak"] = lambda seconds, run=matrix_product(args): 2 * 2048**3 * rate(run, seconds, args)  # noqa: B008
+        rates = {key: statistics.median(some) for key, some in in_turns(turns, args).items()}
+        with torch.profiler.profile() as profiler:
+            for _ in range(100):
+                run()
+        times = {
+            event.key: event.self_cpu_time_total + event.self_device_time_total
+            for event in profiler.key_averages()
+        }
+        products = sum(times.get(f"aten::{key}", 0) for key in ("mm", "bmm", "addmm", "baddbmm")) / 1e5
+        total, floor = 1000 / rates["update"], 1000 * counter.get_total_flops() / 4 / rates["peak"]
+        print(f"| {name} | {total:.2f} | {products:.2f} | {floor:.2f} | {total - products:.2f} |", flush=True)
+        write(profile=name, milliseconds=total, in_products=products, at_the_peak=floor)
+
+
 def bonus_table(args: Args, write: Callable) -> None:
     print(
         "\n| rows | d | ms | peak MiB | plain: ms | plain: peak MiB |\n|---|---|---|---|---|---|", flush=True
@@ -351,6 +381,10 @@ def bonus_table(args: Args, write: Callable) -> None:
         print(f"| {batch_size} | {dimension} | {' | '.join(cells)} |", flush=True)
 
 
+def techniques() -> list[dict]:
+    return tomllib.loads((ROOT / "benchmark" / "techniques.toml").read_text())["technique"]
+
+
 def undone(technique: dict, name: str) -> str:
     """The text of a script without a technique."""
     text = (ROOT / f"{name}.py").read_text()
@@ -361,34 +395,45 @@ def undone(technique: dict, name: str) -> str:
     return text
 
 
-def set_malloc(keep: bool) -> None:
-    """glibc's thresholds as the scripts set them, or where it arrives at by itself with blocks of 16 MB."""
-    for parameter, threshold in zip((-3, -1), (2**30, 2**31 - 1) if keep else (2**24, 2**25)):
-        ctypes.CDLL(None).mallopt(parameter, threshold)
+def serve(text: str, name: str, online: bool, args: Args, pipe) -> None:
+    """In a process of its own: answers seconds with the updates per second of a text of a script."""
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder, "data.hdf5"), args.shape)
+        script = load(name, args.shape, text)
+        run = (
+            online_update(script, args, folder, 1)
+            if online
+            else offline_update(script, args, folder, script.update)
+        )
+        for _ in range(10):
+            run()
+        while seconds := pipe.recv():
+            pipe.send(rate(run, seconds, args))
 
 
-def techniques_table(args: Args, folder: str, write: Callable) -> None:
+def techniques_table(args: Args, write: Callable) -> None:
+    """Each side in processes of its own, started anew a few times: where memory lies can make 10 %."""
+    context = multiprocessing.get_context("spawn")
     print("| technique | script | speed with it, over speed without it |\n|---|---|---|", flush=True)
-    for technique in tomllib.loads((ROOT / "benchmark" / "techniques.toml").read_text())["technique"]:
-        what, phase = technique["what"], technique["phase"]
-        for name in technique["scripts"]:
+    for technique, number in itertools.product(techniques(), range(2)):
+        if number >= len(technique["scripts"]):
+            continue
+        what, name, ratios = technique["what"], technique["scripts"][number], []
+        for _ in range(args.restarts):
             turns = {}
-            for key in ("with", "without"):
-                script = load(name, args.shape, undone(technique, name) if key == "without" else None)
-                if phase == "online":
-                    run = online_update(script, args, folder, 1)
-                else:
-                    run = offline_update(script, args, folder, script.update)
-
-                def turn(seconds: float, run=run, keep=phase != "malloc" or key == "with") -> float:
-                    set_malloc(keep)
-                    return rate(run, seconds, args)
-
-                turns[key] = turn
+            for text in ((ROOT / f"{name}.py").read_text(), undone(technique, name)):
+                pipe, other = context.Pipe()
+                inputs = (text, name, technique["phase"] == "online", args, other)
+                context.Process(target=serve, args=inputs, daemon=True).start()
+                turns[len(turns)] = lambda seconds, pipe=pipe: pipe.send(seconds) or pipe.recv()
             rates = in_turns(turns, args)
-            ratio = statistics.median(rates["with"]) / statistics.median(rates["without"])
-            print(f"| {what} | {name} | {ratio:.2f} |", flush=True)
-            write(technique=what, script=name, ratio=ratio, rates=rates)
+            ratios.append(statistics.median(rates[0]) / statistics.median(rates[1]))
+            for turn in turns.values():
+                turn.__defaults__[0].send(0)
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {what} | {name} | {spread} |", flush=True)
+        write(technique=what, script=name, ratios=ratios)
 
 
 def processor(args: Args) -> str:
@@ -409,10 +454,13 @@ def main(args: Args) -> None:
 
     print(f"{processor(args)}, {args.threads} threads, torch {torch.__version__},", end=" ")
     print(f"{args.shape[0]} + {args.shape[1]} dimensions, batch 256, median of {args.rounds} turns\n")
+    if args.techniques:
+        techniques_table(args, write)
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder, "data.hdf5"), args.shape)
-        if args.techniques:
-            techniques_table(args, folder, write)
+        if args.profile:
+            profile_table(args, folder, write)
             return
         speeds(args, folder, write)
     if args.knn:
