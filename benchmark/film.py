@@ -3,7 +3,7 @@
     pip install -r benchmark/requirements.txt
     MUJOCO_GL=egl python benchmark/film.py runs/NAME      # without a display; with one leave MUJOCO_GL out
 
-Writes runs/NAME/videos/episode-0.mp4 and on, and prints each episode's return and score.
+Writes runs/NAME/videos/<data set>-episode-0.mp4 and on, and prints each episode's return and score.
 """
 
 import importlib
@@ -47,7 +47,7 @@ def main(args: Args) -> None:
 
     env = script.make_env(saved.env, saved.physics, render_mode="rgb_array")
     env = gymnasium.wrappers.RecordVideo(
-        env, str(args.run_dir / "videos"), lambda _: True, name_prefix="episode"
+        env, str(args.run_dir / "videos"), lambda _: True, name_prefix=saved.env
     )
     for episode in range(args.episodes):
         returns, _ = script.evaluate(policy, [env], [args.seed + episode])

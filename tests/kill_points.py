@@ -62,7 +62,11 @@ def run_and_die(name: str, run_dir: Path, place: str, count: int) -> bool:
 
 
 def resume(name: str, run_dir: Path) -> None:
-    importlib.import_module(name).main(["--run-dir", str(run_dir), "--resume"])
+    """Go on; a run that died before its first checkpoint has not begun, and its own command starts it."""
+    if (run_dir / "checkpoint.pt").exists():
+        importlib.import_module(name).main(["--run-dir", str(run_dir), "--resume"])
+    else:
+        run(name, run_dir)
 
 
 def differences(left, right, where: str = "") -> list[str]:

@@ -111,8 +111,8 @@ def test_unknown_env(env, refuse, good):
 
 @pytest.mark.parametrize("env", ["antmaze-umaze-v2", "pen-human-v1", "kitchen-mixed-v0"])
 def test_unsupported_env(env, refuse):
-    """D4RL's other families are known, but not supported yet; no guess at a similar name."""
-    assert_names(refuse("--env", env), f"--env {env} ", "not supported yet", "hopper-medium-v2")
+    """D4RL's other families are not supported yet."""
+    assert_names(refuse("--env", env), f"--env {env} ", "no data set of Gym-MuJoCo", "walker2d-medium")
 
 
 # ------------------------------ data files
