@@ -135,7 +135,7 @@ class TwinCritics(nn.Module):
         *hidden, (last_weight, last_bias) = zip(self.weights, self.biases)
         for weight, bias in hidden:
             x = torch.baddbmm(bias[:count], x, weight[:count]).relu_()
-        q_values = (x * last_weight[:count].mT).sum(-1) + last_bias[:count, 0]  # a bmm with one column is slower
+        q_values = (x * last_weight[:count].mT).sum(-1) + last_bias[:count, 0]  # a thin bmm is slower
         return q_values.reshape(count, *inputs.shape[:-1])
 
 
