@@ -4,7 +4,7 @@
     python benchmark/speed.py --peers peers/bin/python           # d3rlpy beside them, see benchmark/peers.py
     python benchmark/speed.py --profile                          # what part of an update is matrix products
     python benchmark/speed.py --techniques --rounds 3            # what each trick buys, by undoing it
-    python benchmark/speed.py --shape 376,17 --scripts iql_sera  # other dimensions
+    python benchmark/speed.py --shape 376 17 --scripts iql_sera  # other dimensions
 
 Everything that is compared is measured in turns, a second each, and reported as the median over the rounds:
 other jobs on the machine then slow all of it alike, and ratios hold. Prints Markdown tables; with --output
