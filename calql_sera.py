@@ -1,9 +1,3 @@
-# ------------------------------ dependencies, for `uv run` (shared)
-# /// script
-# requires-python = ">=3.11,<3.14"
-# dependencies = ["gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "h5py==3.16.0", "numpy==2.4.6",
-#   "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17"]
-# ///
 # ------------------------------ the algorithm
 """Cal-QL with SERA: calibrated conservative Q-learning on a data set, then online with an exploration bonus.
 
@@ -39,6 +33,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -58,6 +53,7 @@ import mujoco
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
@@ -87,13 +83,9 @@ class Args:
     tau: float = 0.005  # Polyak rate of the target networks
     mixing_ratio: float = 0.5  # share of data-set rows in an online batch
     normalize_rewards: bool = False  # train on rewards times 1000 / (best - worst return of the data set)
-    random_steps: float = 5_000  # random first steps without updates, from scratch (no offline steps, mix 0)
-    compile: bool = False  # torch.compile the updates: on CPUs hardly faster, or slower (docs/speed.md)
-    cudagraphs: bool = False  # replay what --compile makes as CUDA graphs; not yet tried on a GPU
     sera_coef: float = 1.0  # lambda, the weight of the bonus; 0 is exactly the plain algorithm
     sera_k: int = 10  # which nearest neighbour sets the radius
-    sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA, V for Q (VCSE), s alone, the control
-    sera_constant: float = 1.0  # takes the place of tanh(H) under --sera-bonus constant
+    sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA, V for Q (VCSE), s alone, lambda itself
     sera_critic: Literal["offline", "current", "random"] = "offline"  # frozen at the switch, live, untrained
     sera_scale: Literal["none", "dim"] = "none"  # the paper's formula, or states / dim and standardised q
 
@@ -212,17 +204,13 @@ def q_conditioned_entropy(observations: Tensor, q_values: Tensor, k: int, logs: 
     if not 1 <= k < batch_size:
         raise ValueError(f"k is {k}, but {batch_size} rows allow 1 to {batch_size - 1}")
     observations, q_values = (x.float() if x.itemsize < 4 else x for x in (observations, q_values))
-    radii, counts = [], []
-    for rows in torch.arange(batch_size, device=q_values.device).split(max(1, 2**22 // batch_size)):  # memory
-        # Exact distances: cdist's matrix-product shortcut loses 10 to 30% on close neighbours. n compares the
-        # very floats that set rho, so that the k-th neighbour itself is not counted (KSG's strict <).
-        q_distances = (q_values[rows, None] - q_values).abs()
-        q_distances.scatter_(1, rows[:, None], torch.inf)  # no row is a neighbour of its own
-        exact = torch.cdist(observations[rows], observations, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = torch.maximum(exact, q_distances).topk(k, largest=False, sorted=False).values
-        radii.append(nearest.amax(1).clamp_min(1e-6))  # of equal rows: log stays finite
-        counts.append((q_distances < radii[-1][:, None]).sum(1))
-    radii, counts = torch.cat(radii), torch.cat(counts)
+    # Exact distances: cdist's matrix-product shortcut loses 10 to 30% on close neighbours. n compares the
+    # very floats that set rho, so that the k-th neighbour itself is not counted (KSG's strict <).
+    q_distances = (q_values[:, None] - q_values).abs().fill_diagonal_(torch.inf)  # no row neighbours itself
+    distances = torch.cdist(observations, observations, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = torch.maximum(distances, q_distances).topk(k, largest=False, sorted=False).values
+    radii = nearest.amax(1).clamp_min(1e-6)  # of equal rows: log stays finite
+    counts = (q_distances < radii[:, None]).sum(1)
     psi = torch.arange(1, batch_size + 1, dtype=torch.float64, device=radii.device).digamma()  # psi[n]: n + 1
     if logs is not None:
         logs |= {"sera/neighbours": counts.float().mean(), "sera/floored": radii.le(1e-6).float().mean()}
@@ -230,22 +218,16 @@ def q_conditioned_entropy(observations: Tensor, q_values: Tensor, k: int, logs: 
 
 
 @torch.no_grad()
-def sera_values(networks: nn.ModuleDict, rows: dict, args: Args) -> Tensor:
-    """q_i of eq. (S1), (B,): min_j Q_j, or V, or for the entropy of the state alone one value for all."""
-    blocks = zip(*(rows[name].split(2**14) for name in ("observations", "actions")))  # bounds the memory
-    if args.sera_bonus == "q":
-        return torch.cat([networks["critics"](s, a).amin(0) for s, a in blocks])
-    return torch.cat([state_value(networks, s) if args.sera_bonus == "v" else 0 * s[:, 0] for s, _ in blocks])
-
-
-@torch.no_grad()
 def sera_bonus(networks: nn.ModuleDict, batch: dict, live: Tensor, args: Args) -> tuple[Tensor, dict]:
     """lambda tanh(H) for every row (B,), and numbers to log. live: the state dimensions that ever change."""
     if args.sera_bonus == "constant":
-        bonus = torch.full_like(batch["rewards"], args.sera_constant)
-        return args.sera_coef * bonus, {"sera/bonus_mean": bonus.mean()}
+        return torch.full_like(batch["rewards"], args.sera_coef), {}
     observations, logs = batch["observations"], {}
-    q_values = batch["sera_q"] if "sera_q" in batch else sera_values(networks, batch, args)
+    q_values = torch.zeros_like(batch["rewards"])  # one value for all: the entropy of the state alone
+    if args.sera_bonus == "q":
+        q_values = networks["critics"](observations, batch["actions"]).amin(0)
+    elif args.sera_bonus == "v":
+        q_values = state_value(networks, observations)
     if args.sera_scale == "dim":  # as VCSE's SAC does; ant has 84 dimensions that never change
         observations = observations[:, live] / len(live)
         q_values = (q_values - q_values.mean()) / torch.sqrt(q_values.var(correction=0) + 1e-5)
@@ -382,12 +364,11 @@ def find_task(env: str) -> Task:
 def find_dataset(env: str, dataset_path: str | None = None) -> Path:
     """The HDF5 file: dataset_path, else bundled, else in D4RL's cache folder, else downloaded into that."""
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    bundled = DATASETS[env].startswith("data/")
-    path = Path(__file__).resolve().parent / DATASETS[env] if bundled else cache / Path(DATASETS[env]).name
-    path = Path(dataset_path) if dataset_path else path
+    bundled = Path(__file__).resolve().parent / DATASETS[env]
+    path = Path(dataset_path or (bundled if bundled.is_file() else cache / bundled.name))
     if path.is_file():
         return path
-    if dataset_path or bundled:
+    if dataset_path or env == "hopper-medium-mini":
         raise FileNotFoundError(f"there is no data file {path}: name one with --dataset-path")
     url = f"{SERVER}/{DATASETS[env]}"
     try:
@@ -414,9 +395,10 @@ def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray
     widths = {"observations": (task.observation_dim,), "actions": (task.action_dim,)}
     names = ("observations", "actions", "rewards", "terminals", "timeouts")
     try:
-        with h5py.File(path) as file:
-            raw = {name: np.asarray(file[name]) for name in names if isinstance(file.get(name), h5py.Dataset)}
-    except OSError as error:
+        with h5py.File(path, locking=False) as file:  # links and virtual arrays may lead into other files
+            raw = {x: file[x] for x in names if isinstance(file.get(x, getlink=True), h5py.HardLink)}
+            raw = {x: y[()] for x, y in raw.items() if not (getattr(y, "is_virtual", True) or y.external)}
+    except Exception as error:  # h5py raises all kinds
         raise ValueError(f"{path} cannot be read as HDF5 ({error}): fetch it again") from None
     for name in names:
         if name not in raw:
@@ -546,9 +528,9 @@ def evaluate(policy, envs: list[gymnasium.Env], seeds: list[int]) -> tuple[np.nd
 
 # ------------------------------ checkpoint (shared)
 def save_checkpoint(path: Path, state: SimpleNamespace, args: Args) -> None:
-    """Write to a temporary file, then rename: a crash leaves the previous checkpoint whole."""
+    """Write to a temporary file, then rename: a crash or a full disk leaves the previous checkpoint whole."""
     buffer, saved = state.buffer, {"script": Path(__file__).stem, "args": asdict(args)}
-    saved |= {"phase": state.phase, "step": state.step, "evals": state.evals}
+    saved |= {name: getattr(state, name) for name in ("phase", "step", "evals", "data_sha256")}
     for part in ("networks", "bonus_networks"):
         saved[part] = {name: network.state_dict() for name, network in getattr(state, part).items()}
     saved["optimizer"] = state.optimizer.state_dict()
@@ -557,22 +539,31 @@ def save_checkpoint(path: Path, state: SimpleNamespace, args: Args) -> None:
     saved["online_rows"] = {name: column[online].clone() for name, column in buffer.columns.items()}
     saved["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     saved["rng"]["env"] = state.env.unwrapped.np_random.bit_generator.state
-    torch.save(saved, path.with_suffix(".tmp"))
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(saved, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_checkpoint(path: Path, state: SimpleNamespace) -> None:
-    """Put a checkpoint into a freshly made state."""
+    """Put a checkpoint into a freshly made state. ValueError if it is damaged or the data are others."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    state.phase, state.step, state.evals = (checkpoint[name] for name in ("phase", "step", "evals"))
-    for part in ("networks", "bonus_networks"):
-        for name, saved in checkpoint[part].items():
-            getattr(state, part)[name].load_state_dict(saved)
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
-    state.buffer.write(checkpoint["online_rows"])
-    state.env.unwrapped.np_random.bit_generator.state = checkpoint["rng"]["env"]
-    torch.set_rng_state(checkpoint["rng"]["cpu"])
-    torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+    if checkpoint["data_sha256"] != state.data_sha256:
+        raise ValueError(f"{path} comes from another data file: name that one with --dataset-path")
+    try:
+        state.phase, state.step, state.evals = (checkpoint[name] for name in ("phase", "step", "evals"))
+        for part in ("bonus_networks", "networks"):  # in this order: they may be the same
+            for name, network in getattr(state, part).items():
+                network.load_state_dict(saved := checkpoint[part][name])
+                torch.testing.assert_close(network.state_dict(), saved, rtol=0, atol=0, check_device=False)
+        state.optimizer.load_state_dict(checkpoint["optimizer"])
+        state.buffer.write(checkpoint["online_rows"])
+        state.env.unwrapped.np_random.bit_generator.state = checkpoint["rng"]["env"]
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): start anew") from None
 
 
 # ------------------------------ main (shared)
@@ -602,10 +593,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
         raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
     if args.sera_coef and args.sera_bonus != "constant" and args.sera_k >= args.batch_size:
         raise ValueError(f"--sera-k is {args.sera_k}: give less than --batch-size {args.batch_size}")
-    args.compile &= not subprocess.getstatusoutput("${CXX:-g++} --version")[0]  # no C++ compiler: eager
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no GPU here: use --device cpu or auto")
     args.device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if args.resume:  # sera_* changes no result before the online phase, more online steps change none at all
+        free = ("run_dir", "resume", "dataset_path", "device", "checkpoint_every")
+        free += ("sera",) if saved["phase"] == "offline" else ()
+        free += ("online_steps",) if args.online_steps >= default.online_steps else ()
+        old, new = asdict(default), asdict(args)
+        changed = [f"--{x} {y}" for x, y in old.items() if y != new[x] and not x.startswith(free)]
+        if changed:
+            raise ValueError(f"--resume: this run has {', '.join(changed)}: leave that, or start another run")
     return args
 
 
@@ -625,20 +623,23 @@ def set_up(args: Args) -> SimpleNamespace:
         libc.mallopt(-1, 2**31 - 1)  # the time of CQL's updates
     torch.manual_seed(args.seed)
     # All that training changes, in one place, so that a checkpoint is whole. step counts within the phase.
-    state = SimpleNamespace(phase="offline", step=0, evals=[], run_dir=run_dir)
+    state = SimpleNamespace(phase="offline", step=0, evals=[], run_dir=run_dir, signals=[])
+    state.data_sha256 = config.get("data_sha256")
     state.buffer, state.env = ReplayBuffer(data, args), make_env(args.env, args.physics)
     state.networks, state.optimizer = make_networks(task.observation_dim, task.action_dim, args)
     state.bonus_networks = state.networks if args.sera_critic == "current" else copy.deepcopy(state.networks)
     if args.resume:
         load_checkpoint(run_dir / "checkpoint.pt", state)
     run_dir.mkdir(parents=True, exist_ok=True)
+    state.lock = FileLock(run_dir / "in_use_by_a_run.lock")
+    state.lock.acquire(timeout=0)  # the system lets go of it, should this process die
     state.eval_envs = [make_env(args.env, args.physics) for _ in range(args.eval_episodes)]
     versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "h5py")}
     commit = subprocess.getoutput(f"git -C '{script.parent}' rev-parse HEAD 2>/dev/null")  # "" without git
     config |= {"versions": versions, "git_commit": commit or None, "args": asdict(args)}
     save_checkpoint(run_dir / "checkpoint.pt", state, args)  # from here on --resume works
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(f"{args.env}: {state.buffer.offline_size:,} rows; {args.device}, compile {args.compile}; {run_dir}")
+    print(f"{args.env}: {state.buffer.offline_size:,} rows; {args.device}; {run_dir}")
     return state
 
 
@@ -646,14 +647,6 @@ def train(args: Args, state: SimpleNamespace) -> None:
     """The offline phase, the switch and the online phase, with evaluations, logs and checkpoints."""
     networks, buffer, env, space = state.networks, state.buffer, state.env, state.env.observation_space
     live = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(args.device)
-
-    compiled = args.compile and torch.compile(update, mode="reduce-overhead" if args.cudagraphs else None)
-
-    def add_values(rows: slice) -> None:  # with frozen critics q is computed once, when a row enters
-        if args.sera_coef and args.sera_critic != "current" and rows.stop:
-            column = buffer.columns.setdefault("sera_q", torch.zeros(buffer.capacity, device=args.device))
-            entered = {name: values[rows] for name, values in buffer.columns.items()}
-            column[rows] = sera_values(state.bonus_networks, entered, args)
 
     def policy(observations: np.ndarray, deterministic: bool = True) -> np.ndarray:
         with torch.no_grad():
@@ -674,8 +667,7 @@ def train(args: Args, state: SimpleNamespace) -> None:
 
     before = args.offline_steps if state.phase == "online" else 0
     writer = SummaryWriter(state.run_dir, purge_step=before + state.step + 1 if args.resume else None)
-    random_steps, pending = 0 if args.offline_steps or args.mixing_ratio else args.random_steps, []
-    done, due = True, False
+    pending, done, due = [], True, False
     for phase, steps in (("offline", args.offline_steps), ("online", args.online_steps)):
         if phase == "online" and state.phase == "offline":  # the switch: networks and optimisers simply go on
             state.phase, state.step, before = "online", 0, args.offline_steps
@@ -684,19 +676,14 @@ def train(args: Args, state: SimpleNamespace) -> None:
         if state.phase != phase or state.step >= steps:
             continue
         progress = tqdm(total=steps, initial=state.step, desc=phase, unit=" steps", mininterval=1)
-        if phase == "online":
-            add_values(slice(0, buffer.offline_size))
-            if state.step == 0:
-                run_evaluation()
+        if phase == "online" and state.step == 0:
+            run_evaluation()
         while state.step < steps:
             state.step += 1
             if phase == "online":
                 if done:  # after the first reset the environment's own generator draws the start states
                     observation, _ = env.reset(seed=args.seed if state.step == 1 else None)
-                if state.step <= random_steps:
-                    action = (torch.rand(env.action_space.shape) * 2 - 1).numpy()
-                else:
-                    action = policy(observation[None], deterministic=False)[0]
+                action = policy(observation[None], deterministic=False)[0]
                 next_observation, reward, terminated, truncated, _ = env.step(action)
                 done = terminated or truncated
                 pending.append((observation, action, reward, next_observation, terminated, done))
@@ -704,7 +691,6 @@ def train(args: Args, state: SimpleNamespace) -> None:
                 if done or not episode_columns:
                     names = ("observations", "actions", "rewards", "next_observations", "terminals", "dones")
                     buffer.append({name: np.array(column) for name, column in zip(names, zip(*pending))})
-                    add_values(slice(buffer.size - len(pending), buffer.size))
                     pending = []
 
             online_rows = args.batch_size - round(args.batch_size * args.mixing_ratio)
@@ -712,38 +698,51 @@ def train(args: Args, state: SimpleNamespace) -> None:
             if phase == "offline" or (args.mixing_ratio and not enough):
                 online_rows, enough = 0, True
             logs = {}
-            if enough and state.step > random_steps:
+            if enough:
                 batch = buffer.sample(args.batch_size - online_rows, online_rows)
                 if phase == "online" and args.sera_coef:
                     bonus, logs = sera_bonus(state.bonus_networks, batch, live, args)
                     batch["rewards"] = batch["rewards"] + bonus  # in this batch: the buffer keeps its rewards
-                logs |= (compiled or update)(state, batch, args)
+                logs |= update(state, batch, args)
 
             progress.update()
-            if state.step % 500 == 0 or state.step == steps:  # only now do the numbers leave the device
+            last, due = state.step == steps, due or state.signals or state.step % args.checkpoint_every == 0
+            saving = last or (due and done)  # between episodes: so a resumed run is the very same
+            if saving or state.step % 500 == 0:  # only now do the numbers leave the device
                 logs["charts/SPS"] = progress.format_dict["rate"] or 0.0
-                for name, value in logs.items():
-                    writer.add_scalar(name, float(value), before + state.step)
-            if state.step % args.eval_every == 0 or state.step == steps:
+                for name, value in (logs | networks.state_dict()).items():
+                    if not torch.as_tensor(value).isfinite().all():
+                        where = f"{phase} step {state.step}: the last good checkpoint is in {state.run_dir}"
+                        raise FloatingPointError(f"{name} became NaN or infinite by {where}")
+                    if name in logs:
+                        writer.add_scalar(name, float(value), before + state.step)
+            if last or state.step % args.eval_every == 0:
                 run_evaluation()
-            due = due or state.step % args.checkpoint_every == 0
-            if (due and done) or state.step == steps:  # between episodes: so a resumed run is the very same
+            if saving:
                 save_checkpoint(state.run_dir / "checkpoint.pt", state, args)
+                writer.flush()
                 due = False
+                if state.signals:
+                    sys.exit(f"{state.signals[0].name}: go on with --run-dir {state.run_dir} --resume")
         progress.close()
     writer.close()
+    state.lock.release()
     print(f"final score {np.mean([row[-1] for row in state.evals[-args.eval_episodes :]]):.1f}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script. Bad input ends in one sentence on stderr and exit code 2."""
+    expected = (ValueError, OSError, gymnasium.error.Error)
     try:
         args = parse_args(argv)
         state = set_up(args)
-    except (ValueError, OSError, gymnasium.error.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
+        expected = (OSError, FloatingPointError)  # in training any other is a mistake: show where
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if argv is None else ():
+            signal.signal(number, lambda number, _: state.signals.append(signal.Signals(number)))
+        train(args, state)
+    except expected as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    train(args, state)
 
 
 if __name__ == "__main__":

@@ -145,8 +145,6 @@ def online_update(script: ModuleType, args: Args, folder: str, coefficient: int)
     state.buffer.append({name: column[:5000] for name, column in rows.items()})
     state.phase, half = "online", script_args.batch_size // 2
     live = torch.arange(args.shape[0], device=args.device)
-    if coefficient:
-        state.buffer.columns["sera_q"] = script.sera_values(state.networks, state.buffer.columns, script_args)
 
     def run() -> dict:
         state.step += 1

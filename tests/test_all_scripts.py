@@ -383,7 +383,6 @@ def test_coefficient_zero(train):
     """--sera-coef 0 is a run with the bonus times 0, bit for bit; the bonus then changes it online."""
     plain, times_zero, bonus = train("--sera-coef", "0"), train(factor=0), train()
     assert (plain.bonuses, len(times_zero.bonuses), len(bonus.bonuses)) == ([], 32, 32)
-    assert times_zero.last["online_rows"].pop("sera_q").shape == (32,)  # what the bonus conditions on
     for name in ("networks", "online_rows"):
         assert_equal(times_zero.last[name], plain.last[name])
     assert torch.equal(times_zero.last["rng"]["cpu"], plain.last["rng"]["cpu"])
@@ -418,33 +417,6 @@ def test_frozen_bonus_networks(train):
         assert name == "lagrange.log_multiplier" or not torch.equal(value, switch[name]), name
 
 
-@pytest.mark.parametrize("bonus", ["q", "v", "state"])
-def test_values_of_frozen_critics(bonus, script, train):
-    """With critics that no longer change a row has its q from the time it enters, and a batch just has it.
-
-    The offline rows get theirs at the switch, also of a resumed run; the online ones come back as they were.
-    """
-    run = train("--sera-bonus", bonus)
-    columns, networks, args = run.state.buffer.columns, run.state.bonus_networks, run.state.buffer.args
-    expected = script.sera_values(networks, columns, args)
-    torch.testing.assert_close(columns["sera_q"], expected, rtol=1e-5, atol=1e-6)
-    assert (bonus == "state") == (not expected.any()) and len(expected) == 58 + 32
-    assert torch.equal(run.last["online_rows"]["sera_q"], columns["sera_q"][58:])
-    batch = {name: column[40:80] for name, column in columns.items()}
-    live = torch.arange(columns["observations"].shape[1])
-    kept, _ = script.sera_bonus(torch.nn.ModuleDict(), batch, live, args)  # asks no network
-    del batch["sera_q"]
-    torch.testing.assert_close(kept, script.sera_bonus(networks, batch, live, args)[0], rtol=1e-4, atol=1e-5)
-    script.main(["--run-dir", str(run.folder), "--resume", "--online-steps", "33"])
-    resumed = torch.load(run.folder / "checkpoint.pt", weights_only=True)["online_rows"]["sera_q"]
-    assert torch.equal(resumed[:32], columns["sera_q"][58:])
-
-
-def test_values_of_current_critics(train):
-    """Critics that learn on are asked anew for each batch: nothing is kept."""
-    assert "sera_q" not in train("--sera-critic", "current").state.buffer.columns
-
-
 def test_evaluation_starts(train):
     """Start states differ between evaluations, and are the same whatever the seed of the run."""
     options = ["--offline-steps", "16", "--eval-episodes", "2"]  # evaluates at step 16 of both phases
@@ -463,8 +435,6 @@ def test_resume_restores_everything(script, train):
     for name in ("networks", "bonus_networks"):
         assert_equal(getattr(state, name).state_dict(), getattr(run.state, name).state_dict())
     assert_equal(state.optimizer.state_dict()["state"], run.state.optimizer.state_dict()["state"])
-    state.buffer.columns["sera_q"][: state.buffer.offline_size] = 0  # these are worked out again
-    run.state.buffer.columns["sera_q"][: state.buffer.offline_size] = 0
     assert_equal(state.buffer.columns, run.state.buffer.columns)
     for name in ("size", "offline_size", "reward_scale"):
         assert getattr(state.buffer, name) == getattr(run.state.buffer, name)

@@ -188,7 +188,6 @@ def test_download_fails(refuse, tmp_path, monkeypatch):
     [
         ("--offline-steps", "-1", "at least 0"),
         ("--online-steps", "-5", "at least 0"),
-        ("--random-steps", "-1", "at least 0"),
         ("--offline-steps", "1.5", "whole number"),
         ("--online-steps", "1.5", "whole number"),
         ("--offline-steps", "nan", "whole number"),
@@ -283,7 +282,7 @@ def test_resume_from_a_broken_checkpoint(refuse, tmp_path):
         assert_names(refuse("--resume", "--run-dir", tmp_path), tmp_path, "--resume", "checkpoint")
 
 
-@pytest.mark.parametrize("option", ["--sera-coef", "--sera-constant", "--actor-lr"])
+@pytest.mark.parametrize("option", ["--sera-coef", "--actor-lr"])
 def test_numbers_that_are_none(refuse, good, option):
     """Not a number, or infinity, is no weight and no rate."""
     for value in ("nan", "inf"):
@@ -293,7 +292,7 @@ def test_numbers_that_are_none(refuse, good, option):
 # ------------------------------ how the command line is read
 def test_steps_in_scientific_notation():
     """1e6 is the whole number 1000000, for every count."""
-    names = ("offline_steps", "online_steps", "eval_every", "checkpoint_every", "random_steps")
+    names = ("offline_steps", "online_steps", "eval_every", "checkpoint_every")
     argv = [part for name in names for part in (f"--{name.replace('_', '-')}", "1e6")]
     args = calql_sera.parse_args(argv)
     for name in names:

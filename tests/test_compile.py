@@ -1,4 +1,4 @@
-"""--compile does what the plain update does, and gives way where there is no C++ compiler."""
+"""torch.compile can be put around an update, and does what the plain one does."""
 
 import os
 import shutil
@@ -34,26 +34,3 @@ def test_compiled_update(script):
     assert compiled_logs == pytest.approx(logs, rel=1e-3, abs=1e-4)
     start = make_networks(script)[0].state_dict()
     assert (start["critics.weights.0"] - parameters["critics.weights.0"]).abs().max() > 1e-3
-
-
-def test_compile_option(script, monkeypatch, tmp_path, capsys):
-    """--compile compiles the update once; --cudagraphs asks for PyTorch's own CUDA graphs."""
-    made, calls = [], []
-
-    def compiler(function, mode):
-        made.append((function, mode))
-        return lambda *inputs: calls.append(inputs) or function(*inputs)
-
-    monkeypatch.setattr(torch, "compile", compiler)
-    options = "--env hopper-medium-mini --device cpu --offline-steps 6 --online-steps 0 --eval-episodes 1"
-    for number, extra in enumerate(([], ["--compile"], ["--compile", "--cudagraphs"])):
-        script.main([*options.split(), "--run-dir", str(tmp_path / str(number)), *extra])
-    assert made == [(script.update, None), (script.update, "reduce-overhead")] and len(calls) == 12
-    assert capsys.readouterr().out.count("compile True") == 2
-
-
-def test_no_compiler(script, monkeypatch):
-    """Without a C++ compiler --compile is turned off, which the first line of a run then says."""
-    assert script.parse_args(["--compile"]).compile is True
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    assert script.parse_args(["--compile"]).compile is False

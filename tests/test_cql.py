@@ -177,7 +177,7 @@ def test_online_rows_count_at_once(script, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "make_env", short_env)
     monkeypatch.setattr(script.ReplayBuffer, "sample", recorded_sample)
     options = (
-        "--device cpu --offline-steps 0 --online-steps 15 --mixing-ratio 0 --random-steps 0 --batch-size 4 "
+        "--device cpu --offline-steps 0 --online-steps 15 --mixing-ratio 0 --batch-size 4 "
         "--eval-episodes 1 --sera-k 2 --hidden-dim 8 --cql-actions 2 --run-dir"
     )
     script.main([*options.split(), str(tmp_path / "run")])

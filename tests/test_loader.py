@@ -259,15 +259,18 @@ def test_dataset_path_wins(cache, tmp_path, server):
 
 
 def test_bundled_file(cache, tmp_path, monkeypatch, server):
-    """The mini set comes from data/ beside the script, not from the cache; if absent, the error says so."""
+    """The mini set comes from data/ beside the script, else from the cache; no server is asked for it."""
     monkeypatch.setattr(calql_sera, "__file__", str(tmp_path / "calql_sera.py"))
-    (cache / "hopper-medium-mini.hdf5").touch()
-    bundled = tmp_path.resolve() / "data" / "hopper-medium-mini.hdf5"
-    with pytest.raises(FileNotFoundError, match=re.escape(str(bundled)) + ".*--dataset-path"):
+    bundled, cached = (
+        tmp_path.resolve() / "data" / "hopper-medium-mini.hdf5",
+        cache / "hopper-medium-mini.hdf5",
+    )
+    with pytest.raises(FileNotFoundError, match=re.escape(str(cached)) + ".*--dataset-path"):
         calql_sera.find_dataset("hopper-medium-mini")
-    bundled.parent.mkdir()
-    bundled.touch()
-    assert calql_sera.find_dataset("hopper-medium-mini") == bundled
+    for path in (cached, bundled):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        assert calql_sera.find_dataset("hopper-medium-mini") == path
     assert server.paths == []
 
 

@@ -180,7 +180,7 @@ def test_collect(tmp_path):
     """data/collect.py makes a loadable file from a checkpoint, in D4RL's types, and never overwrites one."""
     import sac_sera
 
-    steps = options("--offline-steps 0 --mixing-ratio 0 --online-steps 60 --random-steps 30 --eval-every 100")
+    steps = options("--offline-steps 0 --mixing-ratio 0 --online-steps 60 --eval-every 100")
     sac_sera.main([*MINI, *steps, "--run-dir", str(tmp_path / "run")])
     command = [
         sys.executable,

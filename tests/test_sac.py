@@ -281,34 +281,10 @@ def dataset(tmp_path):
     return str(tmp_path / "made-up.hdf5"), kept.mean(0), kept.std(0) + 1e-3
 
 
-def test_random_steps(train, monkeypatch):
-    """From scratch no data file is needed, and the first steps are uniform, without policy or update."""
-
-    def act(networks, observations, deterministic):
-        assert deterministic  # for evaluation only
-        return torch.zeros(len(observations), 3)
-
-    monkeypatch.setattr(sac_sera, "act", act)
-    run = train(*SCRATCH, "--random-steps", "400", "--online-steps", "400", "--eval-every", "400")
-    actions = np.sort(np.array(run.envs[0].actions), axis=None)
-    assert len(actions) == 1200 and -1 <= actions[0] < -0.99 and 0.99 < actions[-1] <= 1
-    ranks = np.arange(1, 1201) / 1200
-    assert np.abs((actions + 1) / 2 - ranks).max() < 0.04  # Kolmogorov and Smirnov's distance, 5 % level
-    assert len(set(run.envs[0].actions[0])) == 3
-    assert run.samples == []
-    for name, initial in run.initial.items():
-        assert all(torch.equal(run.last["networks"][name][key], initial[key]) for key in initial), name
-
-
-@pytest.mark.parametrize(("random_steps", "first"), [(40, 41), (10, 32)])
-def test_from_scratch(random_steps, first, train, monkeypatch):
-    """After the random steps the policy acts, and an update a step follows as soon as a batch is there."""
-    original = sac_sera.act
-    monkeypatch.setattr(sac_sera, "act", lambda *args: 0 * original(*args) + 0.125)
-    run = train(*SCRATCH, "--random-steps", str(random_steps))
-    by_policy = [bool((action == 0.125).all()) for action in run.envs[0].actions]
-    assert by_policy == [False] * random_steps + [True] * (60 - random_steps)
-    assert run.samples == [((0, 32), step) for step in range(first, 61)]  # online rows count at once
+def test_from_scratch(train):
+    """No data file is needed; an update a step follows as soon as a batch of online rows is there."""
+    run = train(*SCRATCH)
+    assert run.samples == [((0, 32), step) for step in range(32, 61)]  # online rows count at once
     for name in TRAINED:
         for key, initial in run.initial[name].items():
             assert not torch.equal(run.last["networks"][name][key], initial), (name, key)
@@ -316,11 +292,11 @@ def test_from_scratch(random_steps, first, train, monkeypatch):
 
 def test_rows_from_scratch(train):
     """Without data states stay as they are; every step is a row at once, and a time-out is no terminal."""
-    run = train(*SCRATCH, "--random-steps", "10")
+    run = train(*SCRATCH)
     env, rows = run.envs[0], run.last["online_rows"]
     one = torch.tensor(1.0)
     assert run.last["normalizer"] == {"mean": torch.tensor(0.0), "std": one, "reward_scale": one}
-    names = {"observations", "actions", "rewards", "next_observations", "terminals", "sera_q"}
+    names = {"observations", "actions", "rewards", "next_observations", "terminals"}
     assert rows.keys() == names
     np.testing.assert_array_equal(rows["observations"], np.array(env.states, dtype=np.float32))
     np.testing.assert_array_equal(rows["next_observations"], np.array(env.next_states, dtype=np.float32))
@@ -333,11 +309,11 @@ def test_rows_from_scratch(train):
 
 
 def test_no_offline_steps_with_data(train, dataset, monkeypatch):
-    """--offline-steps 0 with half of each batch from the data: no random steps, states scaled by the data."""
+    """--offline-steps 0 with half of each batch from the data: states scaled by the data."""
     original = sac_sera.act
     monkeypatch.setattr(sac_sera, "act", lambda *args: 0 * original(*args) + 0.125)
     path, mean, std = dataset
-    run = train("--dataset-path", path, "--random-steps", "40")
+    run = train("--dataset-path", path)
     assert np.all(np.array(run.envs[0].actions) == 0.125)
     online_rows = [0] * 15 + [16] * 45  # none before they can fill their half
     assert run.samples == [((32 - n, n), step) for step, n in enumerate(online_rows, start=1)]
@@ -350,7 +326,7 @@ def test_no_offline_steps_with_data(train, dataset, monkeypatch):
 
 
 def test_online_rows_count_at_once_after_an_offline_phase(train, dataset):
-    """The offline phase samples the data alone; online every step adds a row, without random steps."""
+    """The offline phase samples the data alone; online every step adds a row."""
     run = train("--dataset-path", dataset[0], "--offline-steps", "5", "--online-steps", "20")
     online = [((32, 0), step) if step < 16 else ((16, 16), step) for step in range(1, 21)]
     assert run.samples == [((32, 0), 0)] * 5 + online

@@ -474,9 +474,9 @@ def test_bonus_v_uses_the_state_value(monkeypatch):
 
 
 def test_bonus_constant():
-    """The control: coefficient times constant for every row, no critic asked, no k needed."""
+    """The control: the coefficient for every row, no critic asked, no k needed."""
     batch = make_batch(STATES, VALUES, torch.float32)
-    changes = {"sera_bonus": "constant", "sera_constant": -0.4, "sera_coef": 0.5, "sera_k": 10}
+    changes = {"sera_bonus": "constant", "sera_coef": -0.2, "sera_k": 10}
     bonus, _ = bonus_of(batch, networks={"critics": no_critics}, **changes)
     assert bonus.shape == (5,) and bonus.dtype == np.float32
     np.testing.assert_allclose(bonus, -0.2, rtol=1e-6)
