@@ -25,6 +25,7 @@ with --sera-bonus v, q_i = V(s_i), the value network:
 import copy
 import ctypes
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -469,8 +470,9 @@ def save_checkpoint(path: Path, state: SimpleNamespace, args: Args) -> None:
     saved["online_rows"] = {name: column[online].clone() for name, column in buffer.columns.items()}
     saved["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     saved["rng"]["env"] = state.env.unwrapped.np_random.bit_generator.state
+    torch.save(saved, data := io.BytesIO())
     with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(saved, file)
+        file.write(data.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
@@ -531,9 +533,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         free += ("sera",) if saved["phase"] == "offline" else ()
         free += ("online_steps",) if args.online_steps >= default.online_steps else ()
         old, new = asdict(default), asdict(args)
-        changed = [f"--{x} {y}" for x, y in old.items() if y != new[x] and not x.startswith(free)]
+        changed = ", ".join(f"--{x} {y}" for x, y in old.items() if y != new[x] and not x.startswith(free))
         if changed:
-            raise ValueError(f"--resume: this run has {', '.join(changed)}: leave that, or start another run")
+            raise ValueError(f"--resume: this run has {changed.replace('_', '-')}: keep that, or start anew")
     return args
 
 
@@ -597,7 +599,8 @@ def train(args: Args, state: SimpleNamespace) -> None:
 
     before = args.offline_steps if state.phase == "online" else 0
     writer = SummaryWriter(state.run_dir, purge_step=before + state.step + 1 if args.resume else None)
-    pending, done, due = [], True, False
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "dones")
+    pending, done, due = [], True, False  # transitions of the episode that are not in the buffer yet
     for phase, steps in (("offline", args.offline_steps), ("online", args.online_steps)):
         if phase == "online" and state.phase == "offline":  # the switch: networks and optimisers simply go on
             state.phase, state.step, before = "online", 0, args.offline_steps
@@ -605,58 +608,55 @@ def train(args: Args, state: SimpleNamespace) -> None:
                 state.bonus_networks.load_state_dict(networks.state_dict())
         if state.phase != phase or state.step >= steps:
             continue
-        progress = tqdm(total=steps, initial=state.step, desc=phase, unit=" steps", mininterval=1)
-        if phase == "online" and state.step == 0:
-            run_evaluation()
-        while state.step < steps:
-            state.step += 1
-            if phase == "online":
-                if done:  # after the first reset the environment's own generator draws the start states
-                    observation, _ = env.reset(seed=args.seed if state.step == 1 else None)
-                action = policy(observation[None], deterministic=False)[0]
-                next_observation, reward, terminated, truncated, _ = env.step(action)
-                done = terminated or truncated
-                pending.append((observation, action, reward, next_observation, terminated, done))
-                observation = next_observation
-                if done or not episode_columns:
-                    names = ("observations", "actions", "rewards", "next_observations", "terminals", "dones")
-                    buffer.append({name: np.array(column) for name, column in zip(names, zip(*pending))})
-                    pending = []
-
-            online_rows = args.batch_size - round(args.batch_size * args.mixing_ratio)
-            enough = buffer.size - buffer.offline_size >= online_rows
-            if phase == "offline" or (args.mixing_ratio and not enough):
-                online_rows, enough = 0, True
-            logs = {}
-            if enough:
-                batch = buffer.sample(args.batch_size - online_rows, online_rows)
-                if phase == "online" and args.sera_coef:
-                    bonus, logs = sera_bonus(state.bonus_networks, batch, live, args)
-                    batch["rewards"] = batch["rewards"] + bonus  # in this batch: the buffer keeps its rewards
-                logs |= update(state, batch, args)
-
-            progress.update()
-            last, due = state.step == steps, due or state.signals or state.step % args.checkpoint_every == 0
-            saving = last or (due and done)  # between episodes: so a resumed run is the very same
-            if saving or state.step % 500 == 0:  # only now do the numbers leave the device
-                logs["charts/SPS"] = progress.format_dict["rate"] or 0.0
-                for name, value in (logs | networks.state_dict()).items():
-                    if not torch.as_tensor(value).isfinite().all():
-                        where = f"{phase} step {state.step}: the last good checkpoint is in {state.run_dir}"
-                        raise FloatingPointError(f"{name} became NaN or infinite by {where}")
-                    if name in logs:
-                        writer.add_scalar(name, float(value), before + state.step)
-            if last or state.step % args.eval_every == 0:
+        with tqdm(total=steps, initial=state.step, desc=phase, unit=" steps", mininterval=1) as progress:
+            if phase == "online" and state.step == 0:
                 run_evaluation()
-            if saving:
-                save_checkpoint(state.run_dir / "checkpoint.pt", state, args)
-                writer.flush()
-                due = False
-                if state.signals:
-                    sys.exit(f"{state.signals[0].name}: go on with --run-dir {state.run_dir} --resume")
-        progress.close()
+            while state.step < steps:
+                state.step += 1
+                if phase == "online":
+                    if done:  # after the first reset the environment's own generator draws the start states
+                        observation, _ = env.reset(seed=args.seed if state.step == 1 else None)
+                    action = policy(observation[None], deterministic=False)[0]
+                    next_observation, reward, terminated, truncated, _ = env.step(action)
+                    done = terminated or truncated
+                    pending.append((observation, action, reward, next_observation, terminated, done))
+                    observation = next_observation
+                    if done or not episode_columns:
+                        buffer.append({name: np.array(column) for name, column in zip(names, zip(*pending))})
+                        pending = []
+
+                online_rows = args.batch_size - round(args.batch_size * args.mixing_ratio)
+                enough = buffer.size - buffer.offline_size >= online_rows
+                if phase == "offline" or (args.mixing_ratio and not enough):
+                    online_rows, enough = 0, True
+                logs = {}
+                if enough:
+                    batch = buffer.sample(args.batch_size - online_rows, online_rows)
+                    if phase == "online" and args.sera_coef:
+                        bonus, logs = sera_bonus(state.bonus_networks, batch, live, args)
+                        batch["rewards"] = batch["rewards"] + bonus  # a copy: the buffer keeps its own
+                    logs |= update(state, batch, args)
+
+                progress.update()
+                due = due or state.signals or state.step % args.checkpoint_every == 0
+                saving = state.step == steps or (due and done)  # between episodes: resumes exactly
+                if saving or state.step % 500 == 0:  # only now do the numbers leave the device
+                    logs["charts/SPS"] = progress.format_dict["rate"] or 0.0
+                    for name, value in (logs | networks.state_dict()).items():
+                        if not torch.as_tensor(value).isfinite().all():
+                            where = f"{phase} step {state.step}: {state.run_dir} has the last good checkpoint"
+                            raise FloatingPointError(f"{name} became NaN or infinite by {where}")
+                        if name in logs:
+                            writer.add_scalar(name, float(value), before + state.step)
+                if state.step == steps or state.step % args.eval_every == 0:
+                    run_evaluation()
+                if saving:
+                    save_checkpoint(state.run_dir / "checkpoint.pt", state, args)
+                    writer.flush()
+                    due = False
+                    if state.signals:
+                        sys.exit(f"{state.signals[0].name}: go on with --run-dir {state.run_dir} --resume")
     writer.close()
-    state.lock.release()
     print(f"final score {np.mean([row[-1] for row in state.evals[-args.eval_episodes :]]):.1f}")
 
 
@@ -667,8 +667,9 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv)
         state = set_up(args)
         expected = (OSError, FloatingPointError)  # in training any other is a mistake: show where
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if argv is None else ():
-            signal.signal(number, lambda number, _: state.signals.append(signal.Signals(number)))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if argv is None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, lambda number, _: state.signals.append(signal.Signals(number)))
         train(args, state)
     except expected as error:
         tqdm.write(f"error: {error}", file=sys.stderr)

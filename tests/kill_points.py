@@ -24,22 +24,22 @@ OPTIONS = (
     "--env hopper-medium-mini --device cpu --offline-steps 60 --online-steps 150 "
     "--eval-every 40 --eval-episodes 1 --checkpoint-every 25 --batch-size 16 --sera-k 3 --hidden-dim 16"
 )
-CALLS = {"update": 180, "act": 260, "evaluate": 6, "save": 6, "replace": 6}  # about how often a run does it
+CALLS = {"update": 180, "act": 260, "evaluate": 6, "fsync": 6, "replace": 6}  # about how often a run does it
 RUN_AND_DIE = """
 import importlib, os, signal, sys
 import torch
 root, name, place, count, *options = sys.argv[1:]
 sys.path.insert(0, root)
 script, left = importlib.import_module(name), int(count)
-owner = {"save": torch, "replace": os}.get(place, script)
+owner = {"fsync": os, "replace": os}.get(place, script)
 original = getattr(owner, place)
 
 def counted(*inputs, **others):
     global left
     left -= 1
     if left == 0:
-        if place == "save":
-            inputs[1].write(b"half a checkpoint"), inputs[1].flush()
+        if place == "fsync":
+            os.ftruncate(inputs[0], 1000)
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*inputs, **others)
 

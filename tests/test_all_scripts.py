@@ -430,6 +430,7 @@ def test_resume_restores_everything(script, train):
     """Networks, frozen ones, optimiser, rows, scale, counters, evaluations, random numbers: all come back."""
     run = train("--normalize-rewards")
     torch.manual_seed(99)
+    run.state.lock.release()
     state = script.set_up(script.parse_args(["--run-dir", str(run.folder), "--resume"]))
     assert torch.equal(torch.get_rng_state(), run.last["rng"]["cpu"])
     for name in ("networks", "bonus_networks"):

@@ -31,7 +31,7 @@ def test_killed_online(script, alone, tmp_path):
 
 @pytest.mark.parametrize(
     ("place", "count"),
-    [("update", 1), ("update", 40), ("evaluate", 3), ("save", 1), ("save", 3), ("replace", 4)],
+    [("update", 1), ("update", 40), ("evaluate", 3), ("fsync", 1), ("fsync", 3), ("replace", 4)],
 )
 def test_killed_anywhere(place, count, alone, tmp_path):
     """Before any update, offline, at the switch, half way through writing a checkpoint, before it counts."""

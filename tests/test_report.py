@@ -1,0 +1,278 @@
+"""benchmark/report.py: every statistic against hand-worked numbers, on a made-up study of eight runs."""
+
+import importlib
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from scipy.stats import mannwhitneyu
+
+pd = pytest.importorskip("pandas", reason="pandas is in benchmark/requirements.txt only")
+pytest.importorskip("matplotlib", reason="matplotlib is in benchmark/requirements.txt only")
+sys.path.insert(0, str(ROOT / "benchmark"))
+report = importlib.import_module("report")
+
+GRID = """\
+title = "Made up"
+baseline = "plain"
+scripts = ["a_sera"]
+envs = ["e1", "e2"]
+seeds = [1, 2]
+[variants]
+plain = "--sera-coef 0"
+sera = ""
+"""
+# Offline at step 20; online at steps 0, 10 and 30. One run has its best, 75, in the middle.
+SCORES = {
+    ("e1", "plain", 1): (40, 38, 30, 50),
+    ("e1", "plain", 2): (44, 40, 40, 60),
+    ("e1", "sera", 1): (40, 42, 75, 70),
+    ("e1", "sera", 2): (44, 44, 20, 80),
+    ("e2", "plain", 1): (10, 10, 10, 10),
+    ("e2", "plain", 2): (20, 20, 20, 20),
+    ("e2", "sera", 1): (10, 10, 10, 20),
+    ("e2", "sera", 2): (20, 20, 20, 5),
+}
+HEADER = "phase,step,episode,return,length,normalized_score\n"
+STEPS = (("offline", 10), ("offline", 20), ("online", 0), ("online", 10), ("online", 30))
+
+
+def write_study(folder):
+    """The study; every evaluation has two episodes, one point above and one below its score."""
+    (folder / "runs").mkdir(parents=True)
+    (folder / "grid.toml").write_text(GRID)
+    for (env, variant, seed), scores in SCORES.items():
+        rows = [
+            f"{phase},{step},{episode},1.0,9,{score + 2 * episode - 1}\n"
+            for (phase, step), score in zip(STEPS, (5, *scores))
+            for episode in (0, 1)
+        ]
+        (folder / "runs" / f"a_sera__{env}__{variant}__{seed}.csv").write_text(HEADER + "".join(rows))
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The study, to be changed by a test."""
+    return write_study(tmp_path / "made_up")
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """The study as it is, with what the command wrote."""
+    folder = write_study(tmp_path_factory.mktemp("results") / "made_up")
+    assert report.main([str(folder)]) == 0
+    return folder
+
+
+def table(study, name="table.md"):
+    """What the command writes."""
+    assert report.main([str(study)]) == 0
+    return (study / name).read_text()
+
+
+def test_scores(reported):
+    """Means and standard deviations over seeds: deviation = |difference| / sqrt 2 for two of them."""
+    text = (reported / "table.md").read_text()
+    assert "| script | env | variant | n | final | offline | dip | area | final, every seed |" in text
+    for row in (
+        # areas: (10 * 34 + 20 * 40) / 30 = 38 and (10 * 40 + 20 * 50) / 30 = 46.67
+        "| a_sera | e1 | plain | 2 | 55.0 ± 7.1 | 42.0 ± 2.8 | 7.0 ± 4.2 | 42.3 ± 6.1 | 50.0 / 60.0 |",
+        # dips: 40 - 42 and 44 - 20; areas: (585 + 1450) / 30 = 67.83 and (320 + 1000) / 30 = 44
+        "| a_sera | e1 | sera | 2 | 75.0 ± 7.1 | 42.0 ± 2.8 | 11.0 ± 18.4 | 55.9 ± 16.9 | 70.0 / 80.0 |",
+        "| a_sera | e2 | plain | 2 | 15.0 ± 7.1 | 15.0 ± 7.1 | 0.0 ± 0.0 | 15.0 ± 7.1 | 10.0 / 20.0 |",
+        # areas: (100 + 300) / 30 = 13.33 and (200 + 250) / 30 = 15
+        "| a_sera | e2 | sera | 2 | 12.5 ± 10.6 | 15.0 ± 7.1 | 7.5 ± 10.6 | 14.2 ± 1.2 | 20.0 / 5.0 |",
+        "| plain | `--sera-coef 0` |",
+        "All 8 runs are finished.",
+    ):
+        assert row + "\n" in text
+
+
+def test_comparison(reported):
+    """IQM, probability of improvement, their intervals, paired differences.
+
+    Of two runs a resample has the lower one twice, or the higher one twice, with chance 1/4 each, so that the
+    limits are the extremes that any resample reaches, as long as these have a chance above 2.5 %.
+    """
+    text = (reported / "table.md").read_text()
+    for row in (
+        "| a_sera | e1 | plain | 2 | 55.0 [50.0, 60.0] | - | - | - |",
+        "| a_sera | e1 | sera | 2 | 75.0 [70.0, 80.0] | 100.0 [100.0, 100.0] | 20.0 ± 0.0 | 2 |",
+        "| a_sera | e2 | plain | 2 | 15.0 [10.0, 20.0] | - | - | - |",
+        # 20 and 5 against 10 and 20: a win, a tie, two losses; differences 10 and -15
+        "| a_sera | e2 | sera | 2 | 12.5 [5.0, 20.0] | 37.5 [0.0, 100.0] | -2.5 ± 17.7 | 2 |",
+        # the middle two of 10, 20, 50, 60: at worst 10 and 50, at best 20 and 60
+        "| a_sera | **all** | plain | 4 | 35.0 [30.0, 40.0] | - | - | - |",
+        # differences 20, 20, 10, -15: variance (2 * 11.25^2 + 1.25^2 + 23.75^2) / 3
+        "| a_sera | **all** | sera | 4 | 45.0 [37.5, 50.0] | 68.8 [50.0, 100.0] | 8.8 ± 16.5 | 4 |",
+    ):
+        assert row + "\n" in text
+
+
+def test_without_baseline(study):
+    """No baseline, no comparison: IQM alone."""
+    (study / "grid.toml").write_text(GRID.replace('baseline = "plain"\n', ""))
+    text = table(study)
+    assert "| a_sera | **all** | sera | 4 | 45.0 [37.5, 50.0] |\n" in text
+    assert "P(X > Y)" not in text and "paired" not in text.lower()
+
+
+def test_iqm():
+    """A quarter is cut on either side, rounded down, over the runs of all tasks."""
+    assert report.iqm(np.arange(1.0, 5), np.arange(5.0, 9)) == 4.5  # of 1 to 8: 3 to 6
+    assert report.iqm(np.array([0.0, 1, 2, 3, 1000])) == 2
+    assert report.iqm(np.array([0.0, 1, 5])) == 2
+    assert report.iqm(np.array([[0.0, 0, 2, 9], [4.0, 4, 4, 4]])).tolist() == [1, 4]
+
+
+def test_improvement():
+    """Mann and Whitney's U of each task over the number of its pairs, averaged over tasks of any size."""
+    x, y = [np.array([3.0, 5, 5, 8]), np.array([1.0, 2])], [np.array([5.0, 4, 9]), np.array([2.0, 2, 0])]
+    expected = np.mean([mannwhitneyu(a, b).statistic / len(a) / len(b) for a, b in zip(x, y)])
+    np.testing.assert_allclose(report.improvement(*x, *y), expected)
+    np.testing.assert_allclose(expected, (5 / 12 + 3 / 6) / 2)
+
+
+def test_interval():
+    """Resamples keep the number of runs of each task; a known interval of a mean; NaN from one run."""
+    assert tuple(report.interval([np.zeros(3), np.full(3, 100.0)], report.iqm)) == (50, 50)
+    values = np.random.default_rng(0).normal(size=400)
+    half = 1.96 * values.std() / 20
+    expected = values.mean() - half, values.mean() + half
+    np.testing.assert_allclose(report.interval([values], np.mean), expected, atol=0.01)
+    assert np.isnan(report.interval([np.zeros(1), np.zeros(3)], report.iqm)).all()
+
+
+def test_same_bytes(reported):
+    """A second time, over the folder of studies: the same bytes. One newline ends it, no date in the PNG."""
+    paths = reported / "table.md", reported / "curves.png"
+    text, image = (path.read_bytes() for path in paths)
+    for path in paths:
+        path.unlink()
+    assert report.main([str(reported.parent)]) == 0
+    assert [path.read_bytes() for path in paths] == [text, image]
+    assert b"\r" not in text and text.endswith(b".\n") and not re.search(rb" \n|\n\n\n", text)
+    assert b"tEXt" not in image and b"tIME" not in image
+
+
+def test_missing_and_unfinished_runs(study):
+    """Runs that are not there, or stopped early, are named, and in no number."""
+    path = study / "runs" / "a_sera__e1__sera__2.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    for name in ("e2__plain__1", "e2__plain__2", "e2__sera__1"):
+        (study / "runs" / f"a_sera__{name}.csv").unlink()
+    path = study / "runs" / "a_sera__e2__sera__2.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+    text = table(study)
+    names = (
+        "`a_sera__e1__sera__2` (10 of 30 online steps), `a_sera__e2__plain__1,2` (missing), "
+        "`a_sera__e2__sera__1` (missing), `a_sera__e2__sera__2` (no online evaluation)"
+    )
+    for row in (
+        f"5 of 8 runs are in none of the numbers: {names}.",
+        "| a_sera | e1 | sera | 1 | 70.0 ± - | 40.0 ± - | -2.0 ± - | 67.8 ± - | 70.0 / - |",
+        "| a_sera | e2 | sera | 0 | - | - | - | - | - / - |",
+        "| a_sera | e1 | sera | 1 | 70.0 [-, -] | 100.0 [-, -] | 20.0 ± - | 1 |",
+        "| a_sera | **all** | sera | 1 | - | - | - | 1 |",
+    ):
+        assert row + "\n" in text
+
+
+def test_no_offline_phase(study):
+    """From scratch: no offline score, no dip, the rest as ever."""
+    for path in (study / "runs").iterdir():
+        path.write_text(re.sub(r"(?m)^offline.*\n", "", path.read_text()))
+    row = "| a_sera | e1 | plain | 2 | 55.0 ± 7.1 | - | - | 42.3 ± 6.1 | 50.0 / 60.0 |\n"
+    assert row in table(study)
+
+
+def test_draw():
+    """The thick line is the mean of the finished seeds, the band its interval; unfinished seeds are dotted."""
+    lines = [
+        (1, 0, "finished", 2.0),
+        (1, 1, "finished", 4.0),
+        (2, 0, "finished", 6.0),
+        (2, 1, "finished", 10.0),
+    ]
+    frame = pd.DataFrame([*lines, (3, 0, "missing", 90.0)], columns=["seed", "x", "state", "score"])
+    axis = report.Figure().subplots()
+    report.draw(axis, report.LOOKS[0], frame, "score")
+    *seeds, mean = axis.lines
+    assert [line.get_linestyle() for line in seeds] == ["-", "-", ":"]
+    assert [list(line.get_ydata()) for line in seeds] == [[2, 4], [6, 10], [90]]
+    assert list(mean.get_ydata()) == [4, 7] and mean.get_linewidth() > seeds[0].get_linewidth()
+    corners = axis.collections[0].get_paths()[0].vertices
+    assert {(0, 2), (0, 6), (1, 4), (1, 10)} == {tuple(corner) for corner in corners}
+
+
+def test_learning_curves(study, monkeypatch):
+    """Offline evaluations lie left of the switch, the last at 0; online ones at 0 and right of it."""
+    seen = {}
+
+    def draw(axis, look, lines, value):
+        first = lines[lines["seed"] == 1]
+        seen[(axis.get_subplotspec().num1, look["color"], first["phase"].iloc[0])] = list(first["x"]), axis
+
+    monkeypatch.setattr(report, "draw", draw)
+    table(study)
+    assert len(seen) == 2 * 2 * 2
+    assert all(x == ([-0.25, 0] if key[2] == "offline" else [0, 1 / 3, 1]) for key, (x, _) in seen.items())
+    axis = next(iter(seen.values()))[1]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "-20", "15", "30"]
+    assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == ["plain", "sera"]
+
+
+def test_coverage(study):
+    """Last values and a figure; only the tasks in the file are asked for."""
+    rows = ["1,10,1.0,2.0", "1,20,1.5,1.0", "2,10,1.0,2.0", "2,20,2.5,0.5"]
+    lines = [f"a_sera,e1,plain,{row}\n" for row in rows] + ["a_sera,e1,sera,1,10,1.0,1.0\n"]
+    (study / "coverage.csv").write_text(",".join(report.COVERAGE) + "\n" + "".join(lines))
+    assert "[coverage](coverage.md)" in table(study)
+    text = table(study, "coverage.md")
+    for row in (
+        "| a_sera | e1 | plain | 2 | 2.00 ± 0.71 | 0.75 ± 0.35 | 1.50 / 2.50 | 1.00 / 0.50 |",
+        "2 of 4 runs are in none of the numbers: `a_sera__e1__sera__1` (10 of 20 online steps), "
+        "`a_sera__e1__sera__2` (missing).",
+    ):
+        assert row + "\n" in text
+    assert (study / "coverage.png").stat().st_size > 5000
+
+
+RUN = "runs/a_sera__e1__plain__1.csv"
+BAD = {
+    "no study": ("grid.toml", None, "no study here"),
+    "not TOML": ("grid.toml", "title = ", "grid.toml: "),
+    "no seeds": ("grid.toml", GRID.replace("seeds = [1, 2]\n", ""), "grid.toml: seeds is missing"),
+    "a seed twice": ("grid.toml", GRID.replace("[1, 2]", "[1, 1]"), "grid.toml: seeds is missing"),
+    "unknown baseline": ("grid.toml", GRID.replace('baseline = "plain"', 'baseline = "x"'), "baseline 'x'"),
+    "other columns": (RUN, "phase,step,score\nonline,0,1\n", f"{RUN}: the columns are phase,step,score, not"),
+    "empty": (RUN, "", f"{RUN}: No columns"),
+    "no rows": (RUN, HEADER, f"{RUN}: no rows"),
+    "ragged": (RUN, HEADER + "online,0,0,1,9,1\nonline,0,0,1,9,1,7\n", RUN),
+    "no number": (RUN, HEADER + "online,0,0,1,9,nan\n", f"{RUN}: no rows, or a number"),
+    "unknown phase": (RUN, HEADER + "on,0,0,1,9,1\n", f"{RUN}: an unknown phase"),
+    "cut off": (RUN, HEADER + "online,0,0,1,9,1\nonline,0,1,1,9,1\nonline,5,0,1,9,1\n", f"{RUN}: an unknown"),
+    "not of the grid": ("runs/a_sera__e1__plain__3.csv", HEADER, "__3.csv: grid.toml has no such"),
+    "coverage columns": ("coverage.csv", HEADER, "coverage.csv: the columns are phase,"),
+    "coverage of others": (
+        "coverage.csv",
+        ",".join(report.COVERAGE) + "\na_sera,e1,plain,3,10,1.0,1.0\n",
+        "coverage.csv: a run that is not in grid.toml",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, study, capsys):
+    """Exit code 2 and one line that names the file."""
+    name, text, message = BAD[case]
+    if text is None:
+        (study / name).unlink()
+    else:
+        (study / name).write_text(text)
+    assert report.main([str(study)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"report.py: {study}") and error.count("\n") == 1 and message in error
