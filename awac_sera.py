@@ -164,7 +164,8 @@ def make_networks(observation_dim: int, action_dim: int, args: Args) -> tuple[nn
 def act(networks: nn.ModuleDict, observations: Tensor, deterministic: bool) -> Tensor:
     """Actions (B, a) for normalised observations (B, d): the mean, or a sample to explore, cut to [-1, 1]."""
     policy = networks["actor"](observations)
-    return policy.mean if deterministic else policy.sample().clamp(-1, 1)
+    noise = 0 if deterministic else policy.stddev * torch.randn_like(policy.mean)
+    return (policy.mean + noise).clamp(-1, 1)
 
 
 def state_value(networks: nn.ModuleDict, observations: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ def test_no_offline_phase(study):
 
 
 def test_draw():
-    """The thick line is the mean of the finished seeds, the band its interval; unfinished seeds are dotted."""
+    """The thick line is the mean of the finished seeds, the band its interval; others are dotted."""
     lines = [
         (1, 0, "finished", 2.0),
         (1, 1, "finished", 4.0),
