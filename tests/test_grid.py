@@ -1,0 +1,149 @@
+"""benchmark/run.py: a small grid goes through Ray; benchmark/analyse.py: its measures on made-up points."""
+
+import argparse
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("ray", reason="ray is not installed: pip install -r benchmark/requirements.txt")
+sys.path.insert(0, str(ROOT / "benchmark"))
+import analyse
+import run
+
+GRID = """
+title = "A small grid"
+baseline = "plain"
+scripts = ["td3bc_sera"]
+envs = ["hopper-medium-mini"]
+seeds = [1, 2]
+options = "{}--offline-steps 6 --online-steps 12 --eval-every 6 --eval-episodes 1 --batch-size 8"
+
+[script_options]
+td3bc_sera = "--sera-k 2"
+
+[critics]
+few = "--offline-steps 2"
+
+[variants]
+plain = "--sera-coef 0"
+sera = "--sera-scale dim"
+"""
+BROKEN = """
+broken = { options = "--sera-critic random --sera-bonus nonsense", critics = "few" }
+"""
+
+
+def grid_file(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "grid.toml").write_text(text.replace("{}", ""))
+    return folder / "grid.toml"
+
+
+def start(grid: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmark" / "run.py"), str(grid), "--out", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_grid(tmp_path):
+    """2 variants x 2 seeds, and one variant that fails: what is run, gathered, shared, skipped, reported."""
+    grid = grid_file(tmp_path / "study", GRID + BROKEN)
+    done = start(grid, tmp_path / "out", "--retries", "1")
+    assert done.returncode == 1, done.stderr
+    summary = done.stdout[done.stdout.index("10 runs") :].strip().splitlines()  # Ray has its say before
+    assert summary[0] == "10 runs, 2 failed" and len(summary) == 3
+    assert all("broken" in line and "exit code 2" in line and "nonsense" in line for line in summary[1:])
+    names = {f"td3bc_sera__hopper-medium-mini__{v}__{s}" for v in ("plain", "sera") for s in (1, 2)}
+    assert {path.stem for path in (tmp_path / "study" / "runs").iterdir()} == names
+    commands = json.loads((tmp_path / "study" / "commands.json").read_text())
+    assert commands.keys() == names
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert sum("offline" in name for name in folders) == 4 and len(folders) == 10  # two seeds, and their few
+
+    # A run that shares its offline phase is the one that a single process gives.
+    words = commands["td3bc_sera__hopper-medium-mini__sera__2"].split()
+    assert words[0] == "td3bc_sera.py"
+    importlib.import_module("td3bc_sera").main([*words[1:], "--run-dir", str(tmp_path / "whole")])
+    gathered = tmp_path / "study" / "runs" / "td3bc_sera__hopper-medium-mini__sera__2.csv"
+    assert gathered.read_bytes() == (tmp_path / "whole" / "evals.csv").read_bytes()
+
+    # Without the broken variant all is there, also where the folders of the runs are gone; a lost CSV is not.
+    grid.write_text(GRID.replace("{}", ""))
+    shutil.rmtree(tmp_path / "out")
+    assert start(grid, tmp_path / "out").stdout == "0 runs, 0 failed\n"
+    gathered.unlink()
+    lines = start(grid, tmp_path / "out", "--dry-run").stdout.splitlines()
+    assert len(lines) == 2 and "--online-steps 0" in lines[0] and "--seed 2" in lines[0]
+    assert lines[1].startswith("mkdir -p") and "--resume" in lines[1] and "--sera-scale dim" in lines[1]
+
+    # Other options under the same names are no reason to skip.
+    grid.write_text(GRID.replace("{}", "--gamma 0.9 "))
+    done = start(grid, tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "other options" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [("scripts", "script", "scripts"), ("td3bc_sera", "td9_sera", "td9_sera.py"), ("[1, 2]", "[]", "seeds")],
+)
+def test_bad_grid(old, new, part, tmp_path):
+    """What a grid lacks is named."""
+    with pytest.raises(ValueError, match=part):
+        run.plan(grid_file(tmp_path / "study", GRID.replace(old, new)), tmp_path)
+
+
+def test_variants_with_offline_phases_of_their_own(tmp_path):
+    """A variant that changes more than --sera-* starts from nothing; equal runs of grids share a folder."""
+    text = GRID.replace('"--sera-coef 0"', '"--gamma 0.9"')
+    runs = run.plan(grid_file(tmp_path / "a", text), tmp_path)
+    plain = [item for item in runs if "__plain__" in item.name]
+    assert all(item.start is None and "--gamma 0.9" in item.options for item in plain)
+    others = run.plan(grid_file(tmp_path / "b", GRID), tmp_path)
+    shared = {item.folder for item in runs} & {item.folder for item in others}
+    assert len(shared) == 4  # two offline phases and the two runs of sera
+    assert len({item.folder for item in others}) == len(others) == 6
+
+
+# ------------------------------ measures
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+def test_entropy(dimension):
+    """Of a normal distribution: d/2 log(2 pi e); of duplicates: low, not minus infinity."""
+    points = np.random.default_rng(0).normal(size=(4000, dimension))
+    assert analyse.knn_entropy(points) == pytest.approx(dimension / 2 * np.log(2 * np.pi * np.e), abs=0.08)
+    assert np.isfinite(analyse.knn_entropy(np.ones((10, dimension))))
+
+
+def test_cells():
+    """Uniform points on the plane of the data are nearly uniform, one point is log 900 away."""
+    rng = np.random.default_rng(0)
+    plane = np.linalg.qr(rng.normal(size=(4, 4)))[0][:2] * [[5], [2]]
+    cells = analyse.Cells(rng.uniform(-1, 1, size=(100_000, 2)) @ plane + 7)
+    points = rng.uniform(-0.98, 0.98, size=(100_000, 2)) @ plane + 7
+    assert 0 < cells.kl_to_uniform(points) < 0.05
+    assert cells.kl_to_uniform(points[:1]) == pytest.approx(np.log(900))
+
+
+def test_analyse(tmp_path):
+    """Its two tables from the checkpoints of a grid's runs."""
+    grid = grid_file(tmp_path / "study", GRID)
+    (item,) = [run for run in run.plan(grid, tmp_path) if run.name.endswith("__sera__1")]
+    script = importlib.import_module("td3bc_sera")
+    script.main(
+        [*GRID.split('"{}')[1].split('"')[0].split(), "--sera-k", "2", "--run-dir", str(item.folder)]
+        + ["--env", "hopper-medium-mini"]
+    )
+    (item.folder / "finished").touch()
+    analyse.main(argparse.Namespace(grid=grid, out=tmp_path, episodes=1, points=2))
+    coverage, bias = (
+        (tmp_path / "study" / f"{name}.csv").read_text().splitlines() for name in ("coverage", "bias")
+    )
+    assert coverage[0].endswith("step,entropy,kl_to_uniform") and len(coverage) == 3
+    assert coverage[2].split(",")[:5] == ["td3bc_sera", "hopper-medium-mini", "sera", "1", "12"]
+    q, returns, difference = map(float, bias[1].split(",")[4:])
+    assert difference == pytest.approx(q - returns, abs=0.02) and len(bias) == 2
