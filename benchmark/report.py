@@ -8,6 +8,7 @@ A study is a folder with
     grid.toml       title, scripts, envs, seeds, [variants] name = "options", and, if any, baseline = "name"
     runs/           <script>__<env>__<variant>__<seed>.csv, the evals.csv of each run
     coverage.csv    if any: script,env,variant,seed,step,entropy,kl_to_uniform
+    bias.csv        if any: script,env,variant,seed,q,discounted_return,bias
 
 and gets table.md and curves.png, with a coverage.csv also coverage.md and coverage.png; the same CSVs give
 the same bytes. The statistics are those of Agarwal et al. 2021 (arXiv 2108.13264) and their library rliable.
@@ -31,6 +32,7 @@ from scipy.stats import bootstrap, trim_mean
 KEYS = ["script", "env", "variant", "seed"]
 EVALS = ["phase", "step", "episode", "return", "length", "normalized_score"]
 COVERAGE = [*KEYS, "step", "entropy", "kl_to_uniform"]
+BIAS = [*KEYS, "q", "discounted_return", "bias"]
 # Of the variants: Okabe and Ito's colours, which the colour-blind tell apart too, then another line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00")
 LOOKS = [{"linestyle": style, "color": colour} for style in ("-", "--", "-.") for colour in COLOURS]
@@ -128,6 +130,9 @@ def read_grid(path: Path) -> dict:
             raise BadInput(f"{path}: {key} is missing, empty, not a {kind.__name__}, or has something twice")
     if grid["baseline"] not in (None, *grid["variants"]):
         raise BadInput(f"{path}: the baseline {grid['baseline']!r} is none of the variants")
+    for name, given in grid["variants"].items():  # a table has options, and the critics behind the bonus
+        if isinstance(given, dict):
+            grid["variants"][name] = f"{given['options']} (critics: {given['critics']})"
     return grid
 
 
@@ -314,6 +319,19 @@ def coverage(folder: Path, grid: dict, keys: list[tuple]) -> None:
     figure.savefig(folder / "coverage.png", dpi=110, metadata={"Software": None})
 
 
+def value_bias(folder: Path, grid: dict, keys: list[tuple]) -> str:
+    """The section on how far the values of evaluation states are from their discounted returns."""
+    frame = read_csv(folder / "bias.csv", BIAS, KEYS[:3]).set_index(KEYS).assign(last=0)
+    if not set(frame.index) <= set(keys) or frame.index.has_duplicates:
+        raise BadInput(f"{folder / 'bias.csv'}: a run that is not in grid.toml, or is there twice")
+    text = (
+        "## Value bias\n\nAt the end of the runs, over the states of evaluation episodes, in rewards of the"
+    )
+    text += " environment: mean\nmin(Q1, Q2), mean discounted return, and their difference. Q of a run with a"
+    text += " bonus contains the bonus.\n"
+    return text + score_table(with_states(frame, keys), BIAS[-3:], ["bias"]) + "\n"
+
+
 def report(folder: Path) -> None:
     """Write table.md and curves.png of one study, and its coverage if it has that."""
     grid = read_grid(folder / "grid.toml")
@@ -329,6 +347,7 @@ def report(folder: Path) -> None:
         text += BASELINE_NOTE.format(grid["baseline"])
         header += ["P(X > Y), %", "paired difference", "pairs"]
     text += markdown(header, comparison_rows(runs["final"], grid))
+    text += value_bias(folder, grid, keys) if (folder / "bias.csv").exists() else ""
     text += f"## Learning curves\n\n![Learning curves](curves.png)\n{FIGURE_NOTE}\n"
     text += "Left of the line: the offline phase, its steps on a scale of their own.\n"
     if (folder / "coverage.csv").exists():

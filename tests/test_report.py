@@ -241,6 +241,20 @@ def test_coverage(study):
     assert (study / "coverage.png").stat().st_size > 5000
 
 
+def test_value_bias(study):
+    """bias.csv becomes a section of the table, less runs that are not there; a variant may be a table."""
+    rows = ["plain,1,12.0,4.0,8.0", "plain,2,10.0,4.0,6.0", "sera,1,100.0,4.0,96.0"]
+    lines = [f"a_sera,e1,{row}\n" for row in rows]
+    (study / "bias.csv").write_text(",".join(report.BIAS) + "\n" + "".join(lines))
+    (study / "grid.toml").write_text(GRID.replace('sera = ""', 'sera = { options = "--x", critics = "few" }'))
+    text = table(study)
+    section = text.split("## Value bias")[1]
+    assert "| a_sera | e1 | plain | 2 | 11.0 ± 1.4 | 4.0 ± 0.0 | 7.0 ± 1.4 | 8.0 / 6.0 |\n" in section
+    assert "`a_sera__e1__sera__2`" in section and "| sera | `--x (critics: few)` |" in text
+    (study / "bias.csv").write_text(",".join(report.BIAS) + "\na_sera,e9,plain,1,1,1,0\n")
+    assert report.main([str(study)]) == 2
+
+
 RUN = "runs/a_sera__e1__plain__1.csv"
 BAD = {
     "no study": ("grid.toml", None, "no study here"),
