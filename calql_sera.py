@@ -398,7 +398,8 @@ def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray
     try:
         with h5py.File(path, locking=False) as file:  # links and virtual arrays may lead into other files
             raw = {x: file[x] for x in names if isinstance(file.get(x, getlink=True), h5py.HardLink)}
-            raw = {x: y[()] for x, y in raw.items() if not (getattr(y, "is_virtual", True) or y.external)}
+            raw = {x: y for x, y in raw.items() if not (getattr(y, "is_virtual", True) or y.external)}
+            raw = {x: np.array(y) for x, y in raw.items() if (y.size or 0) <= 2000 * y.id.get_storage_size()}
     except Exception as error:  # h5py raises all kinds
         raise ValueError(f"{path} cannot be read as HDF5 ({error}): fetch it again") from None
     for name in names:
@@ -408,8 +409,9 @@ def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray
         array = array[:, 0] if array.shape == (*shape, 1) else array  # v1 medium-replay has rewards (N, 1)
         if array.shape != shape or len(array) < 2 or array.dtype.kind not in "fbiu":
             raise ValueError(f"{name} in {path} is {array.dtype} {array.shape}: {env} needs numbers, {shape}")
-        if not (np.abs(array) <= np.finfo(np.float32).max).all():  # also catches NaN
-            raise ValueError(f"{name} in {path} contains NaN or infinity: repair or replace the file")
+        good = np.isin(array, (0, 1)) if name in names[3:] else np.abs(array) <= np.finfo(np.float32).max
+        if not good.all():
+            raise ValueError(f"{name} in {path} has NaN or infinity, or flags other than 0 and 1: mend it")
         raw[name] = array.astype(bool if name in ("terminals", "timeouts") else np.float32)
     if np.abs(raw["actions"]).max() > 1 + 1e-6:
         raise ValueError(f"actions in {path} reach {np.abs(raw['actions']).max():g}: scale them to [-1, 1]")
@@ -542,30 +544,26 @@ def save_checkpoint(path: Path, state: SimpleNamespace, args: Args) -> None:
     saved["rng"]["env"] = state.env.unwrapped.np_random.bit_generator.state
     torch.save(saved, data := io.BytesIO())
     with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(data.getbuffer())
+        file.writelines([data.getbuffer(), hashlib.sha256(data.getbuffer()).digest()])  # sealed
         file.flush()
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_checkpoint(path: Path, state: SimpleNamespace) -> None:
-    """Put a checkpoint into a freshly made state. ValueError if it is damaged or the data are others."""
+    """Put a checkpoint into a freshly made state. ValueError if that has other data."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint["data_sha256"] != state.data_sha256:
         raise ValueError(f"{path} comes from another data file: name that one with --dataset-path")
-    try:
-        state.phase, state.step, state.evals = (checkpoint[name] for name in ("phase", "step", "evals"))
-        for part in ("bonus_networks", "networks"):  # in this order: they may be the same
-            for name, network in getattr(state, part).items():
-                network.load_state_dict(saved := checkpoint[part][name])
-                torch.testing.assert_close(network.state_dict(), saved, rtol=0, atol=0, check_device=False)
-        state.optimizer.load_state_dict(checkpoint["optimizer"])
-        state.buffer.write(checkpoint["online_rows"])
-        state.env.unwrapped.np_random.bit_generator.state = checkpoint["rng"]["env"]
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): start anew") from None
+    state.phase, state.step, state.evals = (checkpoint[name] for name in ("phase", "step", "evals"))
+    for part in ("bonus_networks", "networks"):  # in this order: they may be the same
+        for name, network in getattr(state, part).items():
+            network.load_state_dict(checkpoint[part][name])
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    state.buffer.write(checkpoint["online_rows"])
+    state.env.unwrapped.np_random.bit_generator.state = checkpoint["rng"]["env"]
+    torch.set_rng_state(checkpoint["rng"]["cpu"])
+    torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
 
 
 # ------------------------------ main (shared)
@@ -576,16 +574,18 @@ def parse_args(argv: list[str] | None = None) -> Args:
     default = Args(env=first.env, **{name: value for preset in presets for name, value in preset.items()})
     if first.resume:
         try:
-            saved = torch.load(Path(first.run_dir, "checkpoint.pt"), map_location="cpu", weights_only=True)
+            body = Path(first.run_dir, "checkpoint.pt").read_bytes()
+            assert hashlib.sha256(body[:-32]).digest() == body[-32:]  # the seal: torch.load sees no damage
+            saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
             default = {Path(__file__).stem: Args(**saved["args"])}[saved["script"]]
         except Exception:  # no folder, no file, a broken one, or one of another script or version
-            raise ValueError(f"--resume: no checkpoint of this script in --run-dir {first.run_dir}") from None
+            raise ValueError(f"--resume: no checkpoint of this script, --run-dir {first.run_dir!r}") from None
     args = tyro.cli(Args, args=argv, default=default)
     for field in fields(Args):
         value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
         if type(field.default) is int:  # 1e6 is fine, and becomes 1000000
             least = 0 if field.name.endswith(("_steps", "seed")) else 1
-            if value < least or not float(value).is_integer():
+            if value < least or value % 1:
                 raise ValueError(f"{flag} is {value}: give a whole number of at least {least}")
             setattr(args, field.name, int(value))
         low, high = (0, 1) if field.name in ("gamma", "tau", "mixing_ratio") else (-1e300, 1e300)
@@ -742,7 +742,7 @@ def main(argv: list[str] | None = None) -> None:
                 signal.signal(number, lambda number, _: state.signals.append(signal.Signals(number)))
         train(args, state)
     except expected as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

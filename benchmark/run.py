@@ -22,6 +22,7 @@ behind the bonus. (It has to say --sera-critic random, which leaves them as they
 import argparse
 import ctypes
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -121,7 +122,8 @@ def prepare(run: Run) -> None:
     if run.critics:
         saved = torch.load(part, map_location="cpu", weights_only=True)
         other = torch.load(run.critics.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        torch.save(saved | {"bonus_networks": other["networks"]}, part)
+        torch.save(saved | {"bonus_networks": other["networks"]}, data := io.BytesIO())
+        part.write_bytes(data.getvalue() + hashlib.sha256(data.getvalue()).digest())  # the seal
     os.replace(part, checkpoint)
 
 

@@ -1,5 +1,7 @@
 """Bad input is refused in one sentence that names the value and the fix; and how the command line is read."""
 
+import hashlib
+import io
 import json
 import re
 import subprocess
@@ -271,7 +273,9 @@ def test_resume_without_a_checkpoint(refuse, good, tmp_path):
 
 def test_resume_of_another_script(refuse, tmp_path):
     """A checkpoint of another script, with arguments unknown to this one, is refused."""
-    torch.save({"script": "other_sera", "args": {"other_weight": 1.0}}, tmp_path / "checkpoint.pt")
+    torch.save({"script": "other_sera", "args": {"other_weight": 1.0}}, data := io.BytesIO())
+    seal = hashlib.sha256(data.getvalue()).digest()
+    (tmp_path / "checkpoint.pt").write_bytes(data.getvalue() + seal)
     assert_names(refuse("--resume", "--run-dir", tmp_path), tmp_path, "--resume", "checkpoint of this script")
 
 
