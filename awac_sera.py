@@ -164,8 +164,7 @@ def make_networks(observation_dim: int, action_dim: int, args: Args) -> tuple[nn
 def act(networks: nn.ModuleDict, observations: Tensor, deterministic: bool) -> Tensor:
     """Actions (B, a) for normalised observations (B, d): the mean, or a sample to explore, cut to [-1, 1]."""
     policy = networks["actor"](observations)
-    noise = 0 if deterministic else policy.stddev * torch.randn_like(policy.mean)
-    return (policy.mean + noise).clamp(-1, 1)
+    return policy.mean if deterministic else policy.rsample().clamp(-1, 1)  # sample() would wait for the GPU
 
 
 def state_value(networks: nn.ModuleDict, observations: Tensor) -> Tensor:
@@ -246,7 +245,7 @@ def update(state: SimpleNamespace, batch: dict, args: Args) -> dict:
     # Policy, eqs. (3) and (4).
     policy = networks["actor"](observations)
     with torch.no_grad():
-        policy_q = critics(observations, policy.sample().clamp(-1, 1)).amin(0)
+        policy_q = critics(observations, policy.rsample().clamp(-1, 1)).amin(0)
         advantages = q_values.amin(0) - policy_q
         weights = advantage_weights(advantages, args)
     log_prob = policy.log_prob(batch["actions"]).sum(-1)  # (B,)

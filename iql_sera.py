@@ -162,7 +162,7 @@ def make_networks(observation_dim: int, action_dim: int, args: Args) -> tuple[nn
 def act(networks: nn.ModuleDict, observations: Tensor, deterministic: bool) -> Tensor:
     """Actions (B, a) for normalised observations (B, d): the mean, or a sample to explore, cut to [-1, 1]."""
     policy = networks["actor"](observations)
-    return policy.mean if deterministic else policy.sample().clamp(-1, 1)
+    return policy.mean if deterministic else policy.rsample().clamp(-1, 1)  # sample() would wait for the GPU
 
 
 def state_value(networks: nn.ModuleDict, observations: Tensor) -> Tensor:
