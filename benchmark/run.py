@@ -25,6 +25,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -144,8 +145,9 @@ def execute(run: Run, threads: int, *before: str) -> str:
             command, cwd=ROOT, env=environment, stdout=log, stderr=log, preexec_fn=die_with_parent
         )
     if done.returncode:
-        last = (run.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1]
-        raise RuntimeError(f"exit code {done.returncode}, {run.folder / 'log.txt'}: {last[-300:]}")
+        end = (run.folder / "log.txt").read_text(errors="replace")[-1500:]
+        words = " ".join(re.sub(r"[\u2500-\u259f]+", " ", end).split())  # less boxes and bars
+        raise RuntimeError(f"exit code {done.returncode}, {run.folder / 'log.txt'}: {words[-300:]}")
     (run.folder / "finished").touch()
     return run.name
 

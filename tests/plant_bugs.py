@@ -26,7 +26,18 @@ def load_bugs() -> dict[str, list[dict[str, str]]]:
 
 def tests_pass(folder: Path, tests: str) -> bool:
     """Whether a test file passes in this copy of the project; RuntimeError if its tests cannot be run."""
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"]
+    command = [
+        sys.executable,
+        "-B",
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        f"tests/{tests}",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{tests} did not run:\n{done.stdout}{done.stderr}")
