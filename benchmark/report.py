@@ -60,9 +60,7 @@ class BadInput(Exception):
     """What cannot be reported, in a line that names the file."""
 
 
-# ---- Statistics ----
-
-
+# ------------------------------ statistics
 def iqm(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
     """Interquartile mean (Agarwal et al. 2021): the 25 % trimmed mean over the runs of all tasks."""
     return trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
@@ -106,9 +104,7 @@ def measures(run: pd.DataFrame) -> pd.Series:
     return pd.Series(numbers)
 
 
-# ---- Input ----
-
-
+# ------------------------------ input
 def studies(folder: Path) -> list[Path]:
     """The folder itself if it is a study, else the studies in it."""
     paths = [folder, *sorted(folder.glob("*"))]
@@ -178,9 +174,7 @@ def with_states(runs: pd.DataFrame, keys: list[tuple]) -> pd.DataFrame:
     return runs
 
 
-# ---- Markdown ----
-
-
+# ------------------------------ markdown
 def number(value: float, digits: int = 1) -> str:
     """Fixed format, no negative zero, a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:z.{digits}f}"
@@ -241,9 +235,7 @@ def comparison_rows(finals: pd.Series, grid: dict) -> Iterator[list]:
         yield row
 
 
-# ---- Figures ----
-
-
+# ------------------------------ figures
 def panels(count: int, columns: int, variants: Iterable[str]) -> tuple[Figure, list[Axes], dict[str, dict]]:
     """An empty figure with a legend of the variants below, and the looks of their lines."""
     rows = math.ceil(count / columns)
@@ -294,9 +286,7 @@ def learning_curves(path: Path, grid: dict, evals: pd.DataFrame) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-# ---- The report ----
-
-
+# ------------------------------ the report
 def coverage(folder: Path, grid: dict, keys: list[tuple]) -> None:
     """coverage.md and coverage.png: entropy of the visited states, and their divergence from uniform."""
     path, values = folder / "coverage.csv", COVERAGE[-2:]

@@ -16,7 +16,8 @@ On a cluster, --address names it (`ray start` on every machine), --out is a fold
 
 [critics] is for studies of the bonus's critics: name = options of an offline run, say few = "--offline-steps
 1000" or other = "--seed 101"; a variant given as {options = "...", critics = "few"} gets that run's networks
-behind the bonus. (It has to say --sera-critic random, which leaves them as they come.)
+behind the bonus. It has to say --sera-critic random, which leaves them as they come. --dry-run only names
+such a run: a plain command does not put them there.
 """
 
 import argparse
@@ -84,6 +85,8 @@ def plan(grid_file: Path, out: Path) -> list[Run]:
     for key in ("scripts", "envs", "seeds", "options", "variants"):
         if not grid.get(key):
             raise ValueError(f"{grid_file} has no {key}")
+    if "--online-steps" not in shlex.split(grid["options"]):
+        raise ValueError(f"{grid_file}: options name no --online-steps")
     runs = []
     for script in grid["scripts"]:
         if not (ROOT / f"{script}.py").is_file():
@@ -104,6 +107,10 @@ def plan(grid_file: Path, out: Path) -> list[Run]:
                         run = replace(run, options=f"--online-steps {steps} {own}")
                         run = replace(run, start=offline_run(script, options, out))
                     if "critics" in given:
+                        if not run.start or "--sera-critic random" not in own:
+                            raise ValueError(
+                                f"{grid_file}: {variant} needs --sera-critic random, and only --sera-*"
+                            )
                         other = grid["critics"][given["critics"]]
                         run = replace(run, critics=offline_run(script, f"{options} {other}", out))
                     run = replace(run, folder=out / f"{script}__{env}__{seed}__{digest(run)}")
@@ -181,8 +188,9 @@ def main(args: argparse.Namespace) -> int:
         for run in runs:
             start = run.start and f"{run.start.folder}/checkpoint.pt"
             copy = f"mkdir -p {run.folder} && cp {start} {run.folder} && " if start else ""
-            command = shlex.join(run.command(resume=bool(run.start)))
-            print(f"{copy}OMP_NUM_THREADS={args.threads} {command}")
+            command = f"OMP_NUM_THREADS={args.threads} {shlex.join(run.command(resume=bool(run.start)))}"
+            by_hand = f"# run.py alone puts in the critics of {run.critics.folder}: " if run.critics else ""
+            print(f"{by_hand}{copy}{command}")
         return 0
     ray.init(args.address, num_cpus=None if args.address else args.jobs * args.threads, log_to_driver=False)
     task = ray.remote(execute).options(

@@ -21,11 +21,11 @@ NAMES = ("observations", "actions", "rewards", "terminals", "timeouts")
 FLAT, CHUNKED = {}, {"compression": "gzip"}  # how arrays are stored
 
 
-def columns(rows: int = ROWS) -> dict[str, np.ndarray]:
-    """A small, correct data set for Hopper."""
+def columns(width: int = 11, rows: int = ROWS) -> dict[str, np.ndarray]:
+    """A small, correct data set for Hopper, or, with another width, for something else."""
     rng = np.random.default_rng(0)
     return {
-        "observations": rng.normal(size=(rows, 11)).astype(np.float32),
+        "observations": rng.normal(size=(rows, width)).astype(np.float32),
         "actions": rng.uniform(-1, 1, size=(rows, 3)).astype(np.float32),
         "rewards": rng.normal(size=rows).astype(np.float32),
         "terminals": np.arange(rows) == 9,

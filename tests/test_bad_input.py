@@ -8,34 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
+from mutate import columns
+from mutate import write as write_hdf5
 
 import calql_sera
 
 OPTIONS = ["--device", "cpu", "--offline-steps", "1", "--online-steps", "0", "--eval-episodes", "1"]
-
-
-def columns(width=11, rows=30):
-    """A small, correct data set for Hopper, or, with another width, for something else."""
-    rng = np.random.default_rng(0)
-    return {
-        "observations": rng.normal(size=(rows, width)).astype(np.float32),
-        "actions": rng.uniform(-1, 1, size=(rows, 3)).astype(np.float32),
-        "rewards": rng.normal(size=rows).astype(np.float32),
-        "terminals": np.arange(rows) == 9,
-        "timeouts": np.arange(rows) == 19,
-    }
-
-
-def write_hdf5(path, arrays):
-    """Store arrays by name and return the path."""
-    with h5py.File(path, "w") as file:
-        for name, array in arrays.items():
-            file[name] = array
-    return path
 
 
 def with_value(name, value, index=5):

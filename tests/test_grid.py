@@ -90,7 +90,13 @@ def test_grid(tmp_path):
 
 @pytest.mark.parametrize(
     ("old", "new", "part"),
-    [("scripts", "script", "scripts"), ("td3bc_sera", "td9_sera", "td9_sera.py"), ("[1, 2]", "[]", "seeds")],
+    [
+        ("scripts", "script", "scripts"),
+        ("td3bc_sera", "td9_sera", "td9_sera.py"),
+        ("[1, 2]", "[]", "seeds"),
+        ("--online-steps 12", "", "--online-steps"),
+        ('"--sera-scale dim"', '{ options = "--sera-k 3", critics = "few" }', "--sera-critic random"),
+    ],
 )
 def test_bad_grid(old, new, part, tmp_path):
     """What a grid lacks is named."""
