@@ -16,9 +16,8 @@ m = 1 - terminal: time-outs bootstrap, terminals do not.
 (5) policy        L_pi = mean( alpha log pi(a|s) - min_j Q_j(s, a) ),  a ~ pi(s)
 (6) temperature   L_alpha = -mean( log alpha (log pi(a|s) - |A|) )
 
-SERA, online only, puts r + lambda tanh(H) in place of r in (1). Nothing else sees the bonus: not the stored
-rewards, not R, no score. Neighbours are rows i, j of the batch, with q_i = min_j Q_j(s_i, a_i), or,
-with --sera-bonus v, q_i = V(s_i) := min_j Q_j(s_i, tanh of the mean of pi):
+SERA, online only, puts r + lambda tanh(H) in place of r in (1), never in stored rewards, R or scores. For
+rows i, j of the batch and q_i = min_j Q_j(s_i, a_i), or, with --sera-bonus v, the same at tanh(mean of pi):
 
 (S1) rho_i = k-th smallest over j != i of max( |s_i - s_j|, |q_i - q_j| )
 (S2) n_i   = #{ j != i : |q_i - q_j| < rho_i }
@@ -27,7 +26,6 @@ with --sera-bonus v, q_i = V(s_i) := min_j Q_j(s_i, tanh of the mean of pi):
 
 # ------------------------------ imports (shared)
 import copy
-import ctypes
 import hashlib
 import io
 import itertools
@@ -35,15 +33,11 @@ import json
 import math
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -67,7 +61,7 @@ class Args:
     """Cal-QL with SERA: train on a D4RL data set, then go on online."""
 
     # ------------------------------ common arguments (shared)
-    env: str = "hopper-medium-v2"  # D4RL data set <robot>-<kind>-v{0,1,2}, or the bundled hopper-medium-mini
+    env: str = "hopper-medium-v2"  # D4RL data set of Gym-MuJoCo or AntMaze, or the bundled hopper-medium-mini
     dataset_path: str | None = None  # HDF5 file in D4RL's format, used in place of the data set's own
     physics: Literal["d4rl", "gymnasium"] = "d4rl"  # masses and margins of D4RL's MuJoCo, or -v4 as shipped
     seed: int = 1  # seed of networks, batches and environment
@@ -83,7 +77,10 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak rate of the target networks
     mixing_ratio: float = 0.5  # share of data-set rows in an online batch
-    normalize_rewards: bool = False  # train on rewards times 1000 / (best - worst return of the data set)
+    normalize_observations: bool = True  # to mean 0, standard deviation 1 over the data set
+    normalize_rewards: bool = False  # multiply rewards by 1000 / (best - worst return of the data set)
+    reward_scale: float = 1.0  # then multiply rewards by this
+    reward_bias: float = 0.0  # and add this; scores and logged returns keep the environment's own rewards
     sera_coef: float = 1.0  # lambda, the weight of the bonus; 0 is exactly the plain algorithm
     sera_k: int = 10  # which nearest neighbour sets the radius
     sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA, V for Q (VCSE), s alone, lambda itself
@@ -103,11 +100,14 @@ class Args:
     max_backup: bool = False  # back up the best of --cql-actions next actions in place of a single one
 
 
-# What differs from the defaults, by the start of the data set's name; longer starts win. The defaults are
-# WSRL's (arXiv 2412.07762), the only ones published for Gym-MuJoCo; k of walker2d is the SERA paper's.
+# What differs from the defaults, by the start of the data set's name; longer starts win. Defaults: WSRL's for
+# Gym-MuJoCo (arXiv 2412.07762), the only ones published. AntMaze: the authors'. sera_k: the SERA paper's.
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 3_000, "online_steps": 1_500, "eval_every": 500},
     "walker2d": {"sera_k": 20},
+    "antmaze": {"offline_steps": 1_000_000, "eval_every": 25_000, "eval_episodes": 100, "sera_k": 25}
+    | {"normalize_observations": False, "reward_scale": 10.0, "reward_bias": -5.0}
+    | {"critic_layers": 4, "cql_lagrange": True, "max_backup": True},
 }
 
 
@@ -195,16 +195,14 @@ def state_value(networks: nn.ModuleDict, observations: Tensor) -> Tensor:
 
 # ------------------------------ SERA bonus (shared)
 def q_conditioned_entropy(observations: Tensor, q_values: Tensor, k: int, logs: dict | None = None) -> Tensor:
-    """The bare estimate H_i of eqs. (S1) to (S3), without scaling or tanh: (B, d), (B,) -> (B,).
+    """The bare estimate H_i of eqs. (S1) to (S3), without scaling or tanh: float32 (B, d), (B,) -> (B,).
 
     Up to a constant, d mean(H_i) - psi(k) is the KSG estimate (Kraskov et al. 2004) of the entropy of states
-    given their value, in nats. The paper prints "log 2 max(...)" but means log(2 max(...)). ValueError unless
-    1 <= k < B. Duplicates are fine. logs, if given, takes numbers to watch.
+    given their value, in nats. logs, if given, takes numbers to watch. ValueError unless 1 <= k < B.
     """
     batch_size, dimension = observations.shape
     if not 1 <= k < batch_size:
         raise ValueError(f"k is {k}, but {batch_size} rows allow 1 to {batch_size - 1}")
-    observations, q_values = (x.float() if x.itemsize < 4 else x for x in (observations, q_values))
     # Exact distances: cdist's matrix-product shortcut loses 10 to 30% on close neighbours. n compares the
     # very floats that set rho, so that the k-th neighbour itself is not counted (KSG's strict <).
     q_distances = (q_values[:, None] - q_values).abs().fill_diagonal_(torch.inf)  # no row neighbours itself
@@ -212,9 +210,9 @@ def q_conditioned_entropy(observations: Tensor, q_values: Tensor, k: int, logs: 
     nearest = torch.maximum(distances, q_distances).topk(k, largest=False, sorted=False).values
     radii = nearest.amax(1).clamp_min(1e-6)  # of equal rows: log stays finite
     counts = (q_distances < radii[:, None]).sum(1)
-    psi = torch.arange(1, batch_size + 1, dtype=torch.float64, device=radii.device).digamma()  # psi[n]: n + 1
     if logs is not None:
         logs |= {"sera/neighbours": counts.float().mean(), "sera/floored": radii.le(1e-6).float().mean()}
+    psi = torch.arange(1, batch_size + 1, dtype=torch.float64, device=radii.device).digamma()  # psi[n]: n + 1
     return (psi[counts] / dimension).to(radii.dtype) + torch.log(2 * radii)
 
 
@@ -240,10 +238,8 @@ def sera_bonus(networks: nn.ModuleDict, batch: dict, live: Tensor, args: Args) -
 
 # ------------------------------ losses and update
 def mc_returns(rewards, terminals, dones, gamma, sparse=False, failure_reward=None) -> np.ndarray:
-    """R of eq. (3), the discounted return-to-go: arrays (N,) -> (N,) float32. dones ends trajectories.
-
-    Nothing is bootstrapped at a time-out or a cut: a lower bound may be low. sparse, the authors' rule: a
-    trajectory of failure_reward alone would have gone on failing, so there R = failure_reward / (1 - gamma).
+    """R of eq. (3), the discounted return-to-go, (N,) -> (N,) float32; no bootstrap at a time-out or a cut.
+    sparse: a trajectory (dones end it) of failure_reward alone would have gone on so, as the authors have it.
     """
     rewards, ends = np.asarray(rewards, np.float64), np.asarray(terminals, bool) | np.asarray(dones, bool)
     returns, following = np.zeros(len(rewards)), 0.0
@@ -259,13 +255,13 @@ def mc_returns(rewards, terminals, dones, gamma, sparse=False, failure_reward=No
 def episode_columns(transitions: dict[str, np.ndarray], args: Args) -> dict[str, np.ndarray]:
     """What is added to the rows of whole trajectories: an online row waits for the end of its episode."""
     rewards, terminals, dones = (transitions[name] for name in ("rewards", "terminals", "dones"))
-    return {"mc_returns": mc_returns(rewards, terminals, dones, args.gamma)}
+    sparse = args.env.startswith("antmaze")  # there a failed step has reward 0, here --reward-bias
+    return {"mc_returns": mc_returns(rewards, terminals, dones, args.gamma, sparse, args.reward_bias)}
 
 
 def conservative_term(q_values: Tensor, log_densities: Tensor, mc_returns: Tensor) -> tuple[Tensor, Tensor]:
-    """C_j of eqs. (2) and (3), (2,), and the share of policy actions that R lifts, ().
-
-    From Q_j (2, B, 1 + 3n) of data, uniform, pi(s), pi(s') actions, in this order, and log mu (B, 3n).
+    """C_j of eqs. (2) and (3), (2,), and the share of policy actions that R lifts, (); from Q_j (2, B, 1+3n)
+    of data, uniform, pi(s), pi(s') actions, in this order, and log mu (B, 3n) of all but the data's.
     """
     n = log_densities.shape[1] // 3
     q_data, q_uniform, q_policy = q_values.split([1, n, 2 * n], dim=-1)
@@ -283,8 +279,7 @@ def update(state: SimpleNamespace, batch: dict, args: Args) -> dict:
     next_observations = batch["next_observations"]
     batch_size, action_dim, n = *actions.shape, args.cql_actions
 
-    # Policy and temperature, eqs. (5) and (6), from one sample. Frozen critics pass the gradient on to the
-    # action without computing any for their own weights.
+    # Policy and temperature, eqs. (5) and (6), from one sample; frozen critics only pass the gradient on.
     mean, log_std = actor(observations)
     new_actions, log_prob = squash(mean, log_std, torch.randn_like(mean))  # (B, a), (B,)
     critics.requires_grad_(False)
@@ -321,8 +316,7 @@ def update(state: SimpleNamespace, batch: dict, args: Args) -> dict:
     else:
         cql_loss = args.cql_weight * conservative.sum()
 
-    # The losses share no parameter, so one backward pass and one optimiser step serve them all; as in the
-    # authors' code, each has seen the networks as they were before this update.
+    # The losses share no parameter: one backward pass and one step serve all, as of the networks before it.
     optimizer.zero_grad()
     (actor_loss + alpha_loss + td_loss + cql_loss).backward()
     optimizer.step()
@@ -342,12 +336,13 @@ TASKS = {
     "halfcheetah": Task("HalfCheetah-v4", 17, 6, -280.178953, 12135.0),
     "walker2d": Task("Walker2d-v4", 17, 6, 1.629008, 4592.3),
     "ant": Task("Ant-v4", 111, 8, -325.6, 3879.7),
+    "antmaze": Task("{}", 29, 8, 0.0, 1.0),  # Gymnasium's id is the data set's
 }
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 # Every known data set and its file; v0 has no full-replay and calls medium-replay "mixed".
 DATASETS = {"hopper-medium-mini": "data/hopper-medium-mini.hdf5"}  # comes with the repository
 KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay")
-for task, kind in itertools.product(TASKS, KINDS):
+for task, kind in itertools.product(("hopper", "halfcheetah", "walker2d", "ant"), KINDS):
     file = f"{task}_{kind.replace('-', '_')}"
     DATASETS |= {f"{task}-{kind}-v{v}": f"gym_mujoco_v{v}/{file}-v{v}.hdf5" for v in (1, 2)}
     file = file.replace("medium_replay", "mixed").replace("walker2d_mixed", "walker_mixed")
@@ -357,9 +352,18 @@ DATASETS["ant-random-expert-v0"] = "gym_mujoco/ant_random_expert.hdf5"
 
 def find_task(env: str) -> Task:
     """The task of a data set id; ValueError for any other."""
+    if env.startswith("antmaze"):
+        try:
+            from envs import antmaze  # registers the environments, and knows ids and files
+        except ImportError:
+            raise ValueError(
+                f"--env {env} needs the repository's envs/antmaze.py beside the script"
+            ) from None
+        DATASETS.update(antmaze.DATASETS)
     if env in DATASETS:
         return TASKS[env.split("-")[0]]
-    raise ValueError(f"--env {env} is no data set of Gym-MuJoCo: give one such as walker2d-medium-replay-v2")
+    families = "Gym-MuJoCo or AntMaze (Adroit, kitchen and maze2d are not supported)"
+    raise ValueError(f"--env {env} is no data set of {families}: give one such as walker2d-medium-replay-v2")
 
 
 def find_dataset(env: str, dataset_path: str | None = None) -> Path:
@@ -374,12 +378,10 @@ def find_dataset(env: str, dataset_path: str | None = None) -> Path:
     url = f"{SERVER}/{DATASETS[env]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(30)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            part = Path(folder, f"{path.name}.part")
-            torch.hub.download_url_to_file(url, str(part))
-            h5py.File(part).close()  # refuses a truncated file
-            return part.rename(path)
+        part = path.with_name(f"{path.name}.part")
+        torch.hub.download_url_to_file(url, str(part))
+        h5py.File(part).close()  # refuses a truncated file
+        return part.rename(path)
     except Exception as error:  # whatever the network or the disk may raise
         fix = f"put it into {cache} (mirror: huggingface.co/datasets/imone/D4RL) or use --dataset-path"
         raise FileNotFoundError(f"could not download {env} ({error}), tried {url}: {fix}") from None
@@ -388,9 +390,9 @@ def find_dataset(env: str, dataset_path: str | None = None) -> Path:
 def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray]:
     """The transitions of a data set: exactly those of d4rl.qlearning_dataset, in the order of the file.
 
-    observations (N, d), actions (N, a), rewards (N,), next_observations (N, d) float32; terminals, dones (N,)
-    bool. Time-outs and the last row are left out: no state after them is stored. dones marks a trajectory's
-    last kept row. A terminal's next state is the next episode's: mask it. ValueError, FileNotFoundError.
+    observations, next_observations (N, d), actions (N, a), rewards (N,) float32; terminals, dones (N,) bool.
+    Time-outs and the last row have no next state and are left out; dones marks a trajectory's last kept row.
+    A terminal's next state is the next episode's: mask it. ValueError, FileNotFoundError.
     """
     task, path = find_task(env), find_dataset(env, dataset_path)
     widths = {"observations": (task.observation_dim,), "actions": (task.action_dim,)}
@@ -413,11 +415,10 @@ def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray
         if not good.all():
             raise ValueError(f"{name} in {path} has NaN or infinity, or flags other than 0 and 1: mend it")
         raw[name] = array.astype(bool if name in ("terminals", "timeouts") else np.float32)
-    if np.abs(raw["actions"]).max() > 1 + 1e-6:
-        raise ValueError(f"actions in {path} reach {np.abs(raw['actions']).max():g}: scale them to [-1, 1]")
     keep = np.flatnonzero(~raw["timeouts"][:-1])
-    if not len(keep):
-        raise ValueError(f"{path} holds time-outs only: give a file with transitions")
+    if not len(keep) or np.abs(raw["actions"]).max() > 1 + 1e-6:
+        found = f"{len(keep)} transitions, actions up to {np.abs(raw['actions']).max():g}"
+        raise ValueError(f"{path} holds {found}: at least one is needed, and actions within [-1, 1]")
     dones = raw["terminals"][keep] | raw["timeouts"][keep + 1]
     dones[-1] = True
     kept = {name: raw[name][keep] for name in ("observations", "actions", "rewards", "terminals")}
@@ -429,15 +430,16 @@ class ReplayBuffer:
 
     def __init__(self, data: dict[str, np.ndarray] | None, args: Args):
         self.args, self.columns, self.size, self.capacity = args, {}, 0, args.online_steps
-        self.mean, self.std, self.reward_scale = np.float64(0), np.float64(1), np.float64(1)
+        self.mean, self.std, self.reward_scale = np.float64(0), np.float64(1), np.float64(args.reward_scale)
         if data is not None:  # from scratch there is nothing to normalise by
             self.capacity += len(data["rewards"])
-            self.mean = data["observations"].mean(0, dtype=np.float64)
-            self.std = data["observations"].std(0, dtype=np.float64) + 1e-3
+            if args.normalize_observations:
+                self.mean = data["observations"].mean(0, dtype=np.float64)
+                self.std = data["observations"].std(0, dtype=np.float64) + 1e-3
             if args.normalize_rewards:
                 first_rows = np.flatnonzero(np.append(True, data["dones"][:-1]))
                 spread = np.ptp(np.add.reduceat(data["rewards"], first_rows, dtype=np.float64))
-                self.reward_scale = 1000 / (spread or 1000)  # equal returns have no range: leave them alone
+                self.reward_scale *= 1000 / (spread or 1000)  # equal returns have no range: leave them alone
             self.append(data)
         self.offline_size = self.size
 
@@ -446,7 +448,8 @@ class ReplayBuffer:
 
     def append(self, transitions: dict[str, np.ndarray]) -> None:
         """Add transitions, named as by load_d4rl; the one way in for data-set and online rows."""
-        transitions = transitions | {"rewards": self.reward_scale * transitions["rewards"]}
+        rewards = self.reward_scale * transitions["rewards"] + self.args.reward_bias
+        transitions = transitions | {"rewards": rewards}
         rows = {name: transitions[name].astype(np.float32) for name in ("rewards", "terminals")}
         rows |= {name: self.normalize(transitions[name]) for name in ("observations", "next_observations")}
         rows["actions"] = transitions["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # a tanh has no density at 1
@@ -466,7 +469,7 @@ class ReplayBuffer:
         return {name: column[indices] for name, column in self.columns.items()}
 
 
-# ------------------------------ environment (shared)
+# ------------------------------ environment and evaluation (shared)
 def use_d4rl_physics(env: gymnasium.Env) -> None:
     """Give a MujocoEnv the inertias and margins of D4RL's MuJoCo (before 2.1.2), in place.
 
@@ -497,17 +500,16 @@ def make_env(env: str, physics: str = "d4rl", render_mode: str | None = None) ->
     mujoco.set_mju_user_warning(warnings.warn)  # else C code writes MUJOCO_LOG.TXT into the working directory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # -v4 is deprecated, and half_cheetah.xml uses a deprecated attribute
-        made = gymnasium.make(task.env_id, render_mode=render_mode, disable_env_checker=True)
-        if physics == "d4rl":
+        made = gymnasium.make(task.env_id.format(env), render_mode=render_mode, disable_env_checker=True)
+        if physics == "d4rl" and not env.startswith("antmaze"):  # which has it built in
             use_d4rl_physics(made.unwrapped)
     space, pad = made.observation_space, (0, task.observation_dim - made.observation_space.shape[0])
     if pad[1]:  # ant: in D4RL's data 84 zeros follow the 27 dimensions, in place of contact forces
         space = gymnasium.spaces.Box(np.pad(space.low, pad), np.pad(space.high, pad), dtype=space.dtype)
         made = gymnasium.wrappers.TransformObservation(made, lambda s: np.pad(s, pad), space)
-    return gymnasium.wrappers.ClipAction(made)
+    return gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.wrappers.ClipAction(made))
 
 
-# ------------------------------ evaluation (shared)
 def normalized_score(env: str, returns: float | np.ndarray) -> float | np.ndarray:
     """D4RL's score of undiscounted returns, in percent: 0 is a random policy, 100 an expert."""
     task = find_task(env)
@@ -521,10 +523,9 @@ def evaluate(policy, envs: list[gymnasium.Env], seeds: list[int]) -> tuple[np.nd
     while running:
         actions = policy(observations)
         for i in running.copy():
-            observations[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
-            returns[i] += reward
-            lengths[i] += 1
+            observations[i], _, terminated, truncated, info = envs[i].step(actions[i])
             if terminated or truncated:
+                returns[i], lengths[i] = info["episode"]["r"], info["episode"]["l"]
                 running.remove(i)
     return returns, lengths
 
@@ -533,7 +534,7 @@ def evaluate(policy, envs: list[gymnasium.Env], seeds: list[int]) -> tuple[np.nd
 def save_checkpoint(path: Path, state: SimpleNamespace, args: Args) -> None:
     """Write to a temporary file, then rename: a crash or a full disk leaves the previous checkpoint whole."""
     buffer, saved = state.buffer, {"script": Path(__file__).stem, "args": asdict(args)}
-    saved |= {name: getattr(state, name) for name in ("phase", "step", "evals", "data_sha256")}
+    saved |= {x: getattr(state, x) for x in ("phase", "step", "evals", "train_scores", "data_sha256")}
     for part in ("networks", "bonus_networks"):
         saved[part] = {name: network.state_dict() for name, network in getattr(state, part).items()}
     saved["optimizer"] = state.optimizer.state_dict()
@@ -555,7 +556,7 @@ def load_checkpoint(path: Path, state: SimpleNamespace) -> None:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint["data_sha256"] != state.data_sha256:
         raise ValueError(f"{path} comes from another data file: name that one with --dataset-path")
-    state.phase, state.step, state.evals = (checkpoint[name] for name in ("phase", "step", "evals"))
+    vars(state).update((x, checkpoint[x]) for x in ("phase", "step", "evals", "train_scores"))
     for part in ("bonus_networks", "networks"):  # in this order: they may be the same
         for name, network in getattr(state, part).items():
             network.load_state_dict(checkpoint[part][name])
@@ -591,8 +592,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
         low, high = (0, 1) if field.name in ("gamma", "tau", "mixing_ratio") else (-1e300, 1e300)
         if isinstance(value, float) and not low <= value <= high:
             raise ValueError(f"{flag} is {value}: give a finite number from {low:g} to {high:g}")
-    if args.offline_steps + args.online_steps == 0:
-        raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
     if args.sera_coef and args.sera_bonus != "constant" and args.sera_k >= args.batch_size:
         raise ValueError(f"--sera-k is {args.sera_k}: give less than --batch-size {args.batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -600,8 +599,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args.device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     if args.resume:  # sera_* changes no result before the online phase, more online steps change none at all
         free = ("run_dir", "resume", "dataset_path", "device", "checkpoint_every")
-        free += ("sera",) if saved["phase"] == "offline" else ()
-        free += ("online_steps",) if args.online_steps >= default.online_steps else ()
+        free += ("sera",) * (saved["phase"] == "offline")
+        free += ("online_steps",) * (args.online_steps >= default.online_steps)
         old, new = asdict(default), asdict(args)
         changed = ", ".join(f"--{x} {y}" for x, y in old.items() if y != new[x] and not x.startswith(free))
         if changed:
@@ -615,17 +614,15 @@ def set_up(args: Args) -> SimpleNamespace:
     run_dir = Path(args.run_dir or f"runs/{args.env}__{script.stem}__{args.seed}__{int(time.time())}")
     if (run_dir / "config.json").exists() and not args.resume:
         raise ValueError(f"--run-dir {run_dir} already holds a run: add --resume, or name another folder")
-    config, data = {"script": script.stem, "env_id": task.env_id, "python": sys.version.split()[0]}, None
+    config, data = {"script": script.stem, "env_id": task.env_id.format(args.env)}, None
     if args.offline_steps or args.mixing_ratio:
         data, path = load_d4rl(args.env, args.dataset_path), find_dataset(args.env, args.dataset_path)
         config |= {"data_file": str(path), "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    torch.set_flush_denormal(True)  # numbers about to underflow can slow a CPU down
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: do not hand large blocks back to the kernel,
-        libc.mallopt(-3, 2**30)  # which clears them anew (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): a fourth of
-        libc.mallopt(-1, 2**31 - 1)  # the time of CQL's updates
+        if args.env.startswith("antmaze") and not (data["rewards"] > 0).any():
+            raise ValueError(f"{path} never reaches the goal (no reward > 0): give a file with successes")
     torch.manual_seed(args.seed)
-    # All that training changes, in one place, so that a checkpoint is whole. step counts within the phase.
-    state = SimpleNamespace(phase="offline", step=0, evals=[], run_dir=run_dir, signals=[])
+    # All that training changes is in state, and in a checkpoint; step counts within the phase.
+    state = SimpleNamespace(phase="offline", step=0, evals=[], train_scores=[], run_dir=run_dir, signals=[])
     state.data_sha256 = config.get("data_sha256")
     state.buffer, state.env = ReplayBuffer(data, args), make_env(args.env, args.physics)
     state.networks, state.optimizer = make_networks(task.observation_dim, task.action_dim, args)
@@ -633,12 +630,10 @@ def set_up(args: Args) -> SimpleNamespace:
     if args.resume:
         load_checkpoint(run_dir / "checkpoint.pt", state)
     run_dir.mkdir(parents=True, exist_ok=True)
-    state.lock = FileLock(run_dir / "in_use_by_a_run.lock")
-    state.lock.acquire(timeout=0)  # the system lets go of it, should this process die
+    state.lock = FileLock(run_dir / "in_use_by_a_run.lock").acquire(timeout=0)  # ends with this process
     state.eval_envs = [make_env(args.env, args.physics) for _ in range(args.eval_episodes)]
-    versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy", "h5py")}
-    commit = subprocess.getoutput(f"git -C '{script.parent}' rev-parse HEAD 2>/dev/null")  # "" without git
-    config |= {"versions": versions, "git_commit": commit or None, "args": asdict(args)}
+    versions = {module.__name__: module.__version__ for module in (torch, gymnasium, mujoco, np, h5py)}
+    config |= {"versions": {"python": sys.version.split()[0]} | versions, "args": asdict(args)}
     save_checkpoint(run_dir / "checkpoint.pt", state, args)  # from here on --resume works
     (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"{args.env}: {state.buffer.offline_size:,} rows; {args.device}; {run_dir}")
@@ -687,8 +682,14 @@ def train(args: Args, state: SimpleNamespace) -> None:
                     if done:  # after the first reset the environment's own generator draws the start states
                         observation, _ = env.reset(seed=args.seed if state.step == 1 else None)
                     action = policy(observation[None], deterministic=False)[0]
-                    next_observation, reward, terminated, truncated, _ = env.step(action)
+                    next_observation, reward, terminated, truncated, info = env.step(action)
                     done = terminated or truncated
+                    if done:  # exploration included, so neither is an evaluation
+                        score = float(normalized_score(args.env, info["episode"]["r"]))
+                        state.train_scores.append(score)
+                        regret = 1 - np.mean(state.train_scores) / 100
+                        writer.add_scalar("train/normalized_score", score, before + state.step)
+                        writer.add_scalar("train/regret", regret, before + state.step)
                     pending.append((observation, action, reward, next_observation, terminated, done))
                     observation = next_observation
                     if done or not episode_columns:
@@ -711,7 +712,6 @@ def train(args: Args, state: SimpleNamespace) -> None:
                 due = due or state.signals or state.step % args.checkpoint_every == 0
                 saving = state.step == steps or (due and done)  # between episodes: resumes exactly
                 if saving or state.step % 500 == 0:  # only now do the numbers leave the device
-                    logs["charts/SPS"] = progress.format_dict["rate"] or 0.0
                     for name, value in (logs | networks.state_dict()).items():
                         if not torch.as_tensor(value).isfinite().all():
                             where = f"{phase} step {state.step}: {state.run_dir} has the last good checkpoint"

@@ -25,6 +25,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -259,10 +260,10 @@ def resident(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
-def measure_bonus(kind: str, batch_size: int, dimension: int, args: Args, queue) -> None:
+def measure_bonus(kind: str, batch_size: int, dimension: int, args: Args) -> tuple[float, float]:
     """Milliseconds and peak MiB of one estimate: in a process of its own, whose peak memory is its own."""
     torch.set_num_threads(args.threads)
-    script = importlib.import_module(args.scripts[0])
+    script = importlib.import_module(SCRIPTS[0])  # the estimator is the same in all
     bonus_alone(script, kind, 64, dimension, args.device)()
     run = bonus_alone(script, kind, batch_size, dimension, args.device)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
@@ -271,7 +272,7 @@ def measure_bonus(kind: str, batch_size: int, dimension: int, args: Args, queue)
     memory = resident("VmHWM") - before
     if args.device == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**20
-    queue.put((1000 / rate(run, args.seconds, args), memory))
+    return 1000 / rate(run, args.seconds, args), memory
 
 
 # ------------------------------ tables
@@ -359,19 +360,15 @@ def bonus_table(args: Args, write: Callable) -> None:
     print(
         "\n| rows | d | ms | peak MiB | plain: ms | plain: peak MiB |\n|---|---|---|---|---|---|", flush=True
     )
-    context = multiprocessing.get_context("spawn")
     for dimension, batch_size in itertools.product((11, 29, 376), (256, 1024, 4096, 16384)):
         cells = []
-        for kind in ("blocks", "plain"):
+        for kind in ("scripts", "plain"):
             needed = 3 * 4 * batch_size**2 * dimension / 2**20
             if kind == "plain" and needed > 8 * 1024:
                 cells += ["-", f"about {needed:,.0f}"]
                 continue
-            queue = context.Queue()
-            process = context.Process(target=measure_bonus, args=(kind, batch_size, dimension, args, queue))
-            process.start()
-            milliseconds, memory = queue.get()
-            process.join()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                milliseconds, memory = pool.submit(measure_bonus, kind, batch_size, dimension, args).result()
             cells += [f"{milliseconds:.2f}", f"{memory:,.0f}"]
             write(
                 bonus=kind, rows=batch_size, dimension=dimension, milliseconds=milliseconds, mebibytes=memory

@@ -47,7 +47,7 @@ def test_online_steps(script, tmp_path):
 def test_plain_bonus(script):
     """What the bonus is compared with computes the same thing, but for how it treats equal rows."""
     torch.manual_seed(0)
-    ours = speed.bonus_alone(script, "blocks", 64, 3, "cpu")()["entropy"]
+    ours = speed.bonus_alone(script, "scripts", 64, 3, "cpu")()["entropy"]
     torch.manual_seed(0)
     torch.testing.assert_close(speed.bonus_alone(script, "plain", 64, 3, "cpu")()["entropy"], ours)
 

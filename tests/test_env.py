@@ -234,13 +234,16 @@ def test_replay_fails_with_the_shipped_physics(task, clipped, real_data):
 
 # ------------------------------ evaluation
 class Countdown:
-    """Ends after some steps. Observes (seed, time), pays action + 100 time, and may not outlive its end."""
+    """Ends after some steps. Observes (seed, time), pays action + 100 time, and may not outlive its end.
+
+    Its return and length are in the last step's info, where RecordEpisodeStatistics puts them.
+    """
 
     def __init__(self, length, truncates=False):
         self.length, self.truncates = length, truncates
 
     def reset(self, seed=None):
-        self.seed, self.time = seed, 0
+        self.seed, self.time, self.paid = seed, 0, 0.0
         return np.array([seed, 0.0]), {}
 
     def step(self, action):
@@ -248,7 +251,10 @@ class Countdown:
         assert self.time <= self.length, "stepped after its end"
         end = self.time == self.length
         ends = (end and not self.truncates, end and self.truncates)
-        return np.array([self.seed, float(self.time)]), action[0] + 100 * self.time, *ends, {}
+        reward = action[0] + 100 * self.time
+        self.paid += reward
+        info = {"episode": {"r": self.paid, "l": self.time}} if end else {}
+        return np.array([self.seed, float(self.time)]), reward, *ends, info
 
 
 def test_evaluate():
