@@ -95,7 +95,7 @@ class Args:
 
 
 # What differs from the defaults, by the start of a data set's name; longer starts win. Defaults: the authors'
-# with networks and batch of CORL, whose table we compare with. AntMaze: CORL's. sera_k: the SERA paper's.
+# with networks, batch and AntMaze's r - 1 of CORL, whose table we compare with. sera_k: the SERA paper's.
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 5_000, "online_steps": 2_500, "eval_every": 500},
     "walker2d": {"sera_k": 20},

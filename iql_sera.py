@@ -92,8 +92,8 @@ class Args:
     beta: float = 3.0  # inverse temperature of the advantage weights; 0 clones the data
 
 
-# What differs from the defaults, by the start of the data set's name; longer starts win. All from
-# the authors, who normalise rewards for all robots but ant; sera_k is from the SERA paper.
+# What differs from the defaults, by the start of the data set's name; longer starts win. Values are
+# the authors', who normalise rewards for all robots but ant; sera_k is from the SERA paper.
 PRESETS = {
     "hopper": {"normalize_rewards": True},
     "hopper-medium-mini": {"offline_steps": 5_000, "online_steps": 2_500, "eval_every": 500},

@@ -1,7 +1,7 @@
 """D4RL's AntMaze for Gymnasium: an ant walks through a maze and is paid once, when it arrives.
 
     import gymnasium, envs.antmaze
-    env = gymnasium.make("antmaze-umaze-v2")  # or any other id of D4RL's; v0 and v2 differ in their data only
+    env = gymnasium.make("antmaze-umaze-v2")  # or another id: here v0 differs in its data only
 
 D4RL: Fu et al. 2020, arXiv 2004.07219; its code is d4rl/locomotion. The ant is the ant.xml that Gymnasium
 installs, with D4RL's time step, torques and contact stiffness: that makes it D4RL's. Walls are added when an

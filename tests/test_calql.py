@@ -633,6 +633,10 @@ class Scripted(gymnasium.Env):
         return np.full(11, 100.0 * self.episode + self.time), 9.0 + self.steps, *ends, {}
 
 
+def scripted_env(*args, **kwargs):
+    return gymnasium.wrappers.RecordEpisodeStatistics(Scripted())
+
+
 def write_dataset(path):
     """300 rows in D4RL's format: a random walk from Hopper's upright state, eleven terminals, a time-out."""
     rng, rows = np.random.default_rng(4), np.arange(300)
@@ -726,7 +730,7 @@ def sera(train):
 @pytest.fixture(scope="module")
 def scripted(train):
     """A run of 40 steps in the scripted environment: 7 + 9 + 7 + 9 + 7 rows of episodes, and one more."""
-    return train("--online-steps", "40", make_env=lambda *args, **kwargs: Scripted())
+    return train("--online-steps", "40", make_env=scripted_env)
 
 
 def assert_same(left, right):
@@ -793,16 +797,16 @@ def test_batches(scripted):
 
 def test_mixing_ratio(train):
     """Its share of the batch comes from the data set; with 0 no update happens before a full online batch."""
-    run = train("--online-steps", "40", "--mixing-ratio", "0.75", make_env=lambda *_, **__: Scripted())
+    run = train("--online-steps", "40", "--mixing-ratio", "0.75", make_env=scripted_env)
     assert [numbers for _, numbers, _, _ in run.samples] == [(32, 0)] * (12 + 15) + [(24, 8)] * 25
-    run = train("--online-steps", "40", "--mixing-ratio", "0", make_env=lambda *_, **__: Scripted())
+    run = train("--online-steps", "40", "--mixing-ratio", "0", make_env=scripted_env)
     assert [numbers for _, numbers, _, _ in run.samples] == [(32, 0)] * 12 + [(0, 32)] * 9
 
 
 def test_from_scratch(train):
     """Without data the first updates wait for a batch of finished episodes."""
     options = ["--offline-steps", "0", "--mixing-ratio", "0", "--online-steps", "40"]
-    run = train(*options, make_env=lambda *_, **__: Scripted())
+    run = train(*options, make_env=scripted_env)
     assert [numbers for _, numbers, _, _ in run.samples] == [(0, 32)] * 9
     assert run.samples[0][2] == 32
     assert len(run.last["online_rows"]["mc_returns"]) == 39

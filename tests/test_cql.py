@@ -166,7 +166,8 @@ def test_online_rows_count_at_once(script, expected, tmp_path, monkeypatch):
     make_env, sample, sizes = script.make_env, script.ReplayBuffer.sample, []
 
     def short_env(*args, **options):
-        return gymnasium.wrappers.TimeLimit(make_env(*args, **options), 7)
+        limited = gymnasium.wrappers.TimeLimit(make_env(*args, **options).env, 7)
+        return gymnasium.wrappers.RecordEpisodeStatistics(limited)
 
     def recorded_sample(buffer, *numbers):
         sizes.append(buffer.size - buffer.offline_size)

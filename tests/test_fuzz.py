@@ -205,7 +205,7 @@ def resume(finished, tmp_path, capsys, monkeypatch):
 
     def run(name, body):
         script, original = importlib.import_module(name), finished(name)
-        monkeypatch.setattr(script, "train", lambda args, state: state.lock.release())
+        monkeypatch.setattr(script, "train", lambda args, state: state.lock.lock.release())
         monkeypatch.setattr(script, "make_env", environments(name))
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(original, folder)

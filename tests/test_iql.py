@@ -333,7 +333,9 @@ def train(dataset, tmp_path, monkeypatch):
             seen.rewards += batch["rewards"].tolist()
             return logs
 
-        monkeypatch.setattr(iql_sera, "make_env", lambda *args, **kwargs: FiveSteps())
+        monkeypatch.setattr(
+            iql_sera, "make_env", lambda *_, **__: gymnasium.wrappers.RecordEpisodeStatistics(FiveSteps())
+        )
         monkeypatch.setattr(iql_sera, "update", update)
         settings = "--device cpu --batch-size 32 --eval-episodes 2 --sera-k 5 --hidden-dim 8 --sera-coef 0"
         iql_sera.main([*settings.split(), "--dataset-path", dataset, "--run-dir", str(seen.folder), *options])

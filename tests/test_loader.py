@@ -206,6 +206,7 @@ def test_table_of_data_sets(d4rl):
     pattern = re.compile(r"(hopper|halfcheetah|walker2d|ant)-.*-v[012]")
     expected = {env: url for env, url in d4rl.infos.DATASET_URLS.items() if pattern.fullmatch(env)}
     known = {env: f"{calql_sera.SERVER}/{file}" for env, file in calql_sera.DATASETS.items()}
+    known = {env: url for env, url in known.items() if not env.startswith("antmaze")}  # in test_antmaze.py
     assert known.pop("hopper-medium-mini")  # comes with the repository
     assert len(expected) > 60 and known == expected
 

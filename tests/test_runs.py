@@ -71,9 +71,9 @@ def test_what_a_run_writes(script, tmp_path, capsys):
         and config["args"]["physics"] == "d4rl"
         and len(config["data_sha256"]) == 64
     )
-    assert {"torch", "gymnasium", "mujoco", "numpy"} <= set(config["versions"]) and config["python"] > "3.11"
+    assert {"python", "torch", "gymnasium", "mujoco", "numpy"} <= set(config["versions"])
     events = EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]
-    assert {"eval/normalized_score", "eval/return", "charts/SPS", "losses/q_data"} <= set(events)
+    assert {"eval/normalized_score", "eval/return", "losses/q_data"} <= set(events)
     sera = {"bonus_mean", "bonus_sd", "above_0.95", "neighbours", "floored"}
     assert {f"sera/{name}" for name in sera} <= set(events)
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)

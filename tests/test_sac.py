@@ -241,7 +241,7 @@ def train(tmp_path, monkeypatch):
 
         def scripted_env(*args, **kwargs):
             seen.envs.append(Scripted())
-            return seen.envs[-1]
+            return gymnasium.wrappers.RecordEpisodeStatistics(seen.envs[-1])
 
         def recorded_networks(*args):
             networks, optimizer = make_networks(*args)
