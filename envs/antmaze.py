@@ -64,6 +64,7 @@ def compile_ant(path: str, walls: list[tuple[float, float]]) -> mujoco.MjModel:
         geom.solimp[:3] = 0.8, 0.8, 0.01
     goal = spec.worldbody.add_site(name="goal", size=(0.5, 0.05, 0), rgba=(0.2, 0.8, 0.2, 0.6))
     goal.type = mujoco.mjtGeom.mjGEOM_CYLINDER  # to be seen: sites touch nothing
+    goal.pos = (1, 1, 0)  # anywhere but at the origin, where MuJoCo would fix it for good
     model = spec.compile()
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # all of ant.xml are given by their ends
@@ -88,6 +89,7 @@ class AntMazeEnv(MujocoEnv, EzPickle):
     def __init__(self, maze: str, **kwargs):
         EzPickle.__init__(self, maze, **kwargs)
         self.cells = np.array([list(row) for row in MAZES[maze]])  # (rows, columns) of "#", ".", "R", "G"
+        self.goal = self.position(*np.argwhere(self.cells == "G")[0])  # until the first reset
         centre = self.position(*(np.array(self.cells.shape) - 1) / 2)
         camera = {"lookat": np.append(centre, 0), "distance": 5.5 * len(self.cells), "elevation": -70}
         space = gymnasium.spaces.Box(-np.inf, np.inf, (29,), np.float64)
