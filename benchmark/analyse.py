@@ -11,9 +11,10 @@ coverage.csv  entropy of the states visited online so far, and how far their vis
               percentiles (what lies outside counts for the nearest cell), the KL divergence in nats of the
               visited cells from the uniform distribution: log 900 for a single cell, 0 for all alike.
 bias.csv      value bias at the end: mean over states of --episodes evaluation episodes of min(Q1, Q2) at the
-              policy's action minus the discounted return from there, both in the environment's rewards. The
-              last 300 steps of an episode that ran into the time limit are left out: their return is cut
-              (0.99^300 = 0.05). Values of a run with a bonus contain it, about lambda / (1 - gamma).
+              policy's action minus the discounted return from there, both in the environment's rewards (plus
+              what --reward-bias adds, over the scale). The last 300 steps of an episode that ran into the
+              time limit are left out: their return is cut (0.99^300 = 0.05). Values of a run with a bonus
+              contain it, about lambda / (1 - gamma).
 """
 
 import argparse
@@ -74,7 +75,7 @@ def value_bias(script: ModuleType, args, checkpoint: dict, episodes: int) -> tup
                 action = script.act(networks, states, deterministic=True)
                 q_values.append(networks["critics"](states, action).amin().item() / scale)
             observation, reward, terminated, truncated, _ = env.step(action[0].numpy())
-            rewards.append(reward)
+            rewards.append(reward + args.reward_bias / scale)
             done = terminated or truncated
         following = 0.0
         backwards = [following := reward + args.gamma * following for reward in reversed(rewards)]
