@@ -71,7 +71,7 @@ def test_what_a_run_writes(script, tmp_path, capsys):
         and config["args"]["physics"] == "d4rl"
         and len(config["data_sha256"]) == 64
     )
-    assert {"python", "torch", "gymnasium", "mujoco", "numpy"} <= set(config["versions"])
+    assert {"torch", "gymnasium", "mujoco", "numpy"} <= set(config["versions"])
     events = EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]
     assert {"eval/normalized_score", "eval/return", "losses/q_data"} <= set(events)
     sera = {"bonus_mean", "bonus_sd", "above_0.95", "neighbours", "floored"}
