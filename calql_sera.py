@@ -246,7 +246,7 @@ def mc_returns(rewards, terminals, dones, gamma, sparse=False, failure_reward=No
     returns, following = np.zeros(len(rewards)), 0.0
     for row, reward, end in zip(reversed(range(len(rewards))), rewards[::-1].tolist(), ends[::-1].tolist()):
         returns[row] = following = reward + (0.0 if end else gamma * following)
-    if sparse:
+    if sparse and gamma < 1:
         for rows in np.split(np.arange(len(rewards)), np.flatnonzero(dones) + 1):
             if np.all(rewards[rows] == failure_reward):
                 returns[rows] = failure_reward / (1 - gamma)

@@ -91,7 +91,7 @@ class AntMazeEnv(MujocoEnv, EzPickle):
         self.cells = np.array([list(row) for row in MAZES[maze]])  # (rows, columns) of "#", ".", "R", "G"
         self.goal = self.position(*np.argwhere(self.cells == "G")[0])  # until the first reset
         centre = self.position(*(np.array(self.cells.shape) - 1) / 2)
-        camera = {"lookat": np.append(centre, 0), "distance": 5.5 * len(self.cells), "elevation": -70}
+        camera = {"lookat": np.append(centre, 0), "distance": 5.5 * max(self.cells.shape), "elevation": -70}
         space = gymnasium.spaces.Box(-np.inf, np.inf, (29,), np.float64)
         super().__init__("ant.xml", 5, space, default_camera_config=camera, **kwargs)
 
