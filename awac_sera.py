@@ -286,9 +286,7 @@ def find_task(env: str) -> Task:
         try:
             from envs import antmaze  # registers the environments, and knows ids and files
         except ImportError:
-            raise ValueError(
-                f"--env {env} needs the repository's envs/antmaze.py beside the script"
-            ) from None
+            raise ValueError(f"--env {env} needs the file envs/antmaze.py beside the script") from None
         DATASETS.update(antmaze.DATASETS)
     if env in DATASETS:
         return TASKS[env.split("-")[0]]
@@ -522,6 +520,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         low, high = (0, 1) if field.name in ("gamma", "tau", "mixing_ratio") else (-1e300, 1e300)
         if isinstance(value, float) and not low <= value <= high:
             raise ValueError(f"{flag} is {value}: give a finite number from {low:g} to {high:g}")
+    if args.offline_steps + args.online_steps == 0:
+        raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
     if args.sera_coef and args.sera_bonus != "constant" and args.sera_k >= args.batch_size:
         raise ValueError(f"--sera-k is {args.sera_k}: give less than --batch-size {args.batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():

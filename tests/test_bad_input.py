@@ -214,6 +214,12 @@ def test_cuda_without_a_gpu(refuse, good):
     assert_names(refuse("--dataset-path", good, "--device", "cuda"), "--device", "cuda", "cpu")
 
 
+def test_no_steps_at_all(refuse, good):
+    """Both phases empty."""
+    message = refuse("--dataset-path", good, "--offline-steps", 0, "--online-steps", 0)
+    assert_names(message, "--offline-steps", "--online-steps", "0")
+
+
 # ------------------------------ run directories
 def test_unwritable_run_dir(refuse, good, tmp_path):
     """A folder that cannot be made, for any user: it would lie below a file."""
