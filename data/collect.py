@@ -63,14 +63,16 @@ def walker(path: str, env) -> Callable[[np.ndarray], np.ndarray]:
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is not D4RL's goal-reaching ant ({error})") from None
 
+    width = importlib.import_module("envs.antmaze").CELL
+    start = np.argwhere(env.cells == "R")[0]
+
     def cell(position: np.ndarray) -> tuple:
-        start = np.argwhere(env.cells == "R")[0]
-        return tuple(int(index) for index in start + np.round(position[::-1] / 4))
+        return tuple(int(index) for index in start + np.round(position[::-1] / width))
 
     def policy(observation: np.ndarray) -> np.ndarray:
-        rng, here, goal = env.np_random, observation[:2], env.goal
-        step = next_cell(env.cells, cell(here), cell(goal))
-        target = goal if step == cell(goal) else env.position(*step) + rng.uniform(0, 1, 2)
+        rng, here, goal_cell = env.np_random, observation[:2], cell(env.goal)
+        step = next_cell(env.cells, cell(here), goal_cell)
+        target = env.goal if step == goal_cell else env.position(*step) + rng.uniform(0, 1, 2)
         direction = 10 * (target - here) / np.linalg.norm(target - here)
         x = np.concatenate([observation[2:], direction])
         for weight, bias in layers[:2]:
