@@ -1,57 +1,74 @@
-# ------------------------------ the algorithm
-"""Cal-QL with SERA: calibrated conservative Q-learning on a data set, then online with an exploration bonus.
+"""Cal-QL with SERA: calibrated conservative Q-learning on a dataset, then online with a bonus.
+
+    python calql_sera.py --env hopper-medium-v2
+    uv run calql_sera.py --env hopper-medium-v2      # installs what it needs by itself
 
 Cal-QL: Nakamoto et al. 2023, arXiv 2303.05479, on top of CQL: Kumar et al. 2020, arXiv 2006.04779.
 SERA: Sample Efficient Reward Augmentation, arXiv 2310.19805, later renamed QCSE.
 
-j = 1, 2 numbers the critics Q_j and their targets Q'_j, pi is the policy, d = dim(s), |A| = dim(a), and
-m = 1 - terminal: time-outs bootstrap, terminals do not.
+j = 1, 2 numbers the critics Q_j and their targets Q'_j, pi is the policy, d = dim(s), |A| = dim(a),
+and m = 1 - terminal: timeouts bootstrap, terminals do not.
 
-(1) target        y = r + gamma m min_j Q'_j(s', a'),  a' ~ pi(s')       (--max-backup: the best of 10 a')
-(2) conservatism  C_j = mean[ logsumexp_a( Q_j(s, a) - log mu(a) ) - Q_j(s, a_data) ],  over 30 actions a:
-                  10 uniform, 10 from pi(s), 10 from pi(s') but evaluated at s; mu is their density
-(3) calibration   inside C_j, for policy actions:  Q_j(s, a) := max( Q_j(s, a), R ),  R = return-to-go
+(1) target        y = r + gamma m min_j Q'_j(s', a'),  a' ~ pi(s')
+                  (--cql-max-target-backup: the best of 10 a')
+(2) conservatism  C_j = mean[ logsumexp_a( Q_j(s, a) - log mu(a) ) - Q_j(s, a_data) ]
+                  over 10 uniform a, 10 from pi(s), 10 from pi(s') taken at s; mu: their density
+(3) calibration   inside C_j, for policy actions:  Q_j(s, a) := max( Q_j(s, a), return-to-go )
 (4) critics       L_Q = sum_j [ mean (Q_j(s, a) - y)^2 + w C_j ]
-    Lagrange      L_Q = sum_j [ mean (Q_j(s, a) - y)^2 + w' w (C_j - g) ],  L_w' = -1/2 sum_j w' w (C_j - g)
+    Lagrange      w' w (C_j - g) in place of w C_j,  L_w' = -1/2 sum_j w' w (C_j - g)
 (5) policy        L_pi = mean( alpha log pi(a|s) - min_j Q_j(s, a) ),  a ~ pi(s)
 (6) temperature   L_alpha = -mean( log alpha (log pi(a|s) - |A|) )
 
-SERA, online only, puts r + lambda tanh(H) in place of r in (1), never in stored rewards, R or scores. For
-rows i, j of the batch and q_i = min_j Q_j(s_i, a_i), or, with --sera-bonus v, the same at tanh(mean of pi):
+SERA, online only, puts r + lambda tanh(H) in place of r in (1), never in stored rewards, returns or
+scores. For rows i, j of the batch and q_i = min_j Q_j(s_i, a_i), or, with --sera-bonus v, the same
+at the policy's mean action:
 
 (S1) rho_i = k-th smallest over j != i of max( |s_i - s_j|, |q_i - q_j| )
 (S2) n_i   = #{ j != i : |q_i - q_j| < rho_i }
 (S3) H_i   = psi(n_i + 1) / d + log(2 rho_i)
 """
 
+# ------------------------------ requirements (shared)
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#   "filelock==4.3.1", "gymnasium[mujoco]==1.4.0", "h5py==3.16.0", "mujoco==3.17.0",
+#   "numpy==2.4.6", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# ///
+
 # ------------------------------ imports (shared)
+import contextlib
 import copy
+import csv
 import ctypes
+import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
+import platform
+import re
+import secrets
 import signal
 import sys
 import time
 import warnings
-from collections import namedtuple
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import filelock
 import gymnasium
 import h5py
 import mujoco
 import numpy as np
 import torch
 import tyro
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -59,34 +76,49 @@ from tqdm import tqdm
 # ------------------------------ arguments
 @dataclass
 class Args:
-    """Cal-QL with SERA: train on a D4RL data set, then go on online."""
+    """Cal-QL with SERA: train on a D4RL dataset, then go on online."""
 
-    # ------------------------------ common arguments (shared)
-    env: str = "hopper-medium-v2"  # D4RL data set of Gym-MuJoCo or AntMaze, or the bundled hopper-medium-mini
-    dataset_path: str | None = None  # HDF5 file in D4RL's format, used in place of the data set's own
-    physics: Literal["d4rl", "gymnasium"] = "d4rl"  # masses and margins of D4RL's MuJoCo, or -v4 as shipped
+    # ------------------------------ experiment arguments (shared)
+    env: str = "hopper-medium-v2"  # D4RL dataset of Gym-MuJoCo or AntMaze, or hopper-medium-mini
+    dataset_path: str | None = None  # HDF5 file in D4RL's format, in place of the dataset's own
+    physics: Literal["d4rl", "gymnasium"] = "d4rl"  # D4RL's masses and margins, or -v4 as shipped
     seed: int = 1  # seed of networks, batches and environment
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     run_dir: str | None = None  # output folder; by default runs/<env>__<script>__<seed>__<time>
-    offline_steps: float = 250_000  # updates on the data set before the first online step; 0 skips them
-    online_steps: float = 250_000  # environment steps, one update each
-    eval_every: float = 5_000  # steps between evaluations; each phase also ends with one
+    resume: bool = False  # go on from the checkpoint in --run-dir; start if there is none yet
+    track: bool = False  # send all that TensorBoard gets to Weights & Biases too
+    wandb_project: str = "sera"  # project of --track
+    wandb_entity: str | None = None  # user or team of --track; by default yours
+    capture_video: bool = False  # film the first episode of every evaluation, into <run_dir>/videos
+
+    # ------------------------------ training arguments (shared)
+    offline_steps: int = (
+        250_000  # updates on the dataset before the first online step; 0 skips them
+    )
+    online_steps: int = 250_000  # environment steps
+    updates_per_step: int = 1  # updates for each environment step
+    learning_starts: int = 5_000  # random first steps of a run that has no dataset at all
+    eval_every: int = 5_000  # steps between evaluations; each phase also ends with one
     eval_episodes: int = 10  # episodes of an evaluation
-    checkpoint_every: float = 25_000  # steps between checkpoints; each phase also ends with one
-    resume: bool = False  # go on from the checkpoint in --run-dir; its arguments are the defaults
-    batch_size: int = 256  # rows of a batch
+    log_every: int = 500  # steps between the losses that TensorBoard gets
+    checkpoint_every: int = 25_000  # steps between checkpoints; each phase also ends with one
+    batch_size: int = 256  # transitions of a batch
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak rate of the target networks
-    mixing_ratio: float = 0.5  # share of data-set rows in an online batch
-    normalize_observations: bool = True  # to mean 0, standard deviation 1 over the data set
-    normalize_rewards: bool = False  # multiply rewards by 1000 / (best - worst return of the data set)
-    reward_scale: float = 1.0  # then multiply rewards by this
-    reward_bias: float = 0.0  # and add this; scores and logged returns keep the environment's own rewards
+    mixing_ratio: float = 0.5  # share of dataset transitions in an online batch
+    normalize_observations: bool = True  # to mean 0, standard deviation 1 over the dataset
+    normalize_rewards: bool = False  # times 1000 / (best - worst return of the dataset)
+    reward_scale: float = 1.0  # then rewards are multiplied by this
+    reward_bias: float = 0.0  # and this is added; scores and returns keep the environment's own
+
+    # ------------------------------ SERA arguments (shared)
     sera_coef: float = 1.0  # lambda, the weight of the bonus; 0 is exactly the plain algorithm
     sera_k: int = 10  # which nearest neighbour sets the radius
-    sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA, V for Q (VCSE), s alone, lambda itself
-    sera_critic: Literal["offline", "current", "random"] = "offline"  # frozen at the switch, live, untrained
-    sera_scale: Literal["none", "dim"] = "none"  # the paper's formula, or states / dim and standardised q
+    sera_bonus: Literal["q", "v", "state", "constant"] = (
+        "q"  # SERA, V for Q (VCSE), s alone, lambda
+    )
+    sera_critic: Literal["offline", "current", "random"] = "offline"  # frozen, learning, untrained
+    sera_scale: Literal["none", "dim"] = "none"  # as printed, or states / dim and standardised q
 
     # ------------------------------ Cal-QL arguments
     actor_lr: float = 1e-4  # learning rate of policy and temperature
@@ -98,51 +130,78 @@ class Args:
     cql_actions: int = 10  # actions from each of the three sources in the conservative term
     cql_lagrange: bool = False  # tune w' so that the conservative term comes to --cql-gap
     cql_gap: float = 0.8  # g, with --cql-lagrange
-    max_backup: bool = False  # back up the best of --cql-actions next actions in place of a single one
+    cql_max_target_backup: bool = False  # back up the best of --cql-actions next actions
 
 
-# What differs from the defaults, by the start of the data set's name; longer starts win. Defaults: WSRL's for
-# Gym-MuJoCo (arXiv 2412.07762), the only ones published. AntMaze: the authors'. sera_k: the SERA paper's.
+# What differs from the defaults, by the start of --env; longer starts win. The defaults are WSRL's
+# for Gym-MuJoCo (arXiv 2412.07762), the only ones published. AntMaze: the authors'. sera_k: the
+# SERA paper's.
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 3_000, "online_steps": 1_500, "eval_every": 500},
     "walker2d": {"sera_k": 20},
-    "antmaze": {"offline_steps": 1_000_000, "eval_every": 25_000, "eval_episodes": 100, "sera_k": 25}
-    | {"normalize_observations": False, "reward_scale": 10.0, "reward_bias": -5.0}
-    | {"critic_layers": 4, "cql_lagrange": True, "max_backup": True},
+    "antmaze": {
+        "offline_steps": 1_000_000,
+        "eval_every": 25_000,
+        "eval_episodes": 100,
+        "normalize_observations": False,
+        "reward_scale": 10.0,
+        "reward_bias": -5.0,
+        "sera_k": 25,
+        "critic_layers": 4,
+        "cql_lagrange": True,
+        "cql_max_target_backup": True,
+    },
 }
 
 
-# ------------------------------ networks: twin critics (shared)
-def mlp(input_dim: int, hidden_dim: int, layers: int, output_dim: int) -> nn.Sequential:
+# ------------------------------ networks: building blocks (shared)
+class EnsembleLinear(nn.Module):
+    """nn.Linear for several networks at once: (ensemble, B, in) -> (ensemble, B, out)."""
+
+    def __init__(self, ensemble: int, in_features: int, out_features: int):
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)  # as nn.Linear
+        weight = torch.empty(ensemble, in_features, out_features).uniform_(-bound, bound)
+        bias = torch.empty(ensemble, 1, out_features).uniform_(-bound, bound)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[-1] == 1:  # libraries are slow at products of one column
+            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def mlp(input_dim: int, hidden_dim: int, layers: int, output_dim: int, linear=nn.Linear):
     """A plain network with that many hidden layers: (..., input_dim) -> (..., output_dim)."""
-    widths = [input_dim] + [hidden_dim] * layers
-    hidden = [m for shape in itertools.pairwise(widths) for m in (nn.Linear(*shape), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(widths[-1], output_dim))
+    modules = []
+    for _ in range(layers):
+        modules += [linear(input_dim, hidden_dim), nn.ReLU(inplace=True)]
+        input_dim = hidden_dim
+    return nn.Sequential(*modules, linear(input_dim, output_dim))
 
 
 class TwinCritics(nn.Module):
-    """Q_1 and Q_2, or Q_1 alone, in one batched product per layer: (..., d), (..., a) -> (count, ...)."""
+    """Q_1 and Q_2 in one call: observations (..., d), actions (..., a) -> (2, ...)."""
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int, layers: int):
         super().__init__()
-        widths = [observation_dim + action_dim] + [hidden_dim] * layers + [1]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in itertools.pairwise(widths):
-            bound = 1 / math.sqrt(fan_in)  # as nn.Linear
-            self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
-            self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
+        linear = functools.partial(EnsembleLinear, 2)
+        self.layers = mlp(observation_dim + action_dim, hidden_dim, layers, 1, linear)
 
-    def forward(self, observations: Tensor, actions: Tensor, count: int = 2) -> Tensor:
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         inputs = torch.cat([observations, actions], dim=-1)
-        x = inputs.reshape(1, -1, inputs.shape[-1]).expand(count, -1, -1)
-        *hidden, (last_weight, last_bias) = zip(self.weights, self.biases)
-        for weight, bias in hidden:
-            x = torch.baddbmm(bias[:count], x, weight[:count]).relu_()
-        q_values = (x * last_weight[:count].mT).sum(-1) + last_bias[:count, 0]  # a thin bmm is slower
-        return q_values.reshape(count, *inputs.shape[:-1])
+        rows = inputs.reshape(1, -1, inputs.shape[-1]).expand(2, -1, -1)
+        return self.layers(rows).reshape(2, *inputs.shape[:-1])
 
 
-# ------------------------------ networks: policy
+@torch.no_grad()
+def move_targets(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """Polyak averaging, in one call: target := target + tau (source - target)."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+# ------------------------------ agent
 class Actor(nn.Module):
     """Gaussian before the tanh: observations (..., d) -> mean (..., a), log_std (..., a)."""
 
@@ -154,596 +213,1204 @@ class Actor(nn.Module):
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = self.layers(observations).chunk(2, dim=-1)
-        return mean, torch.clamp(self.log_std_scale * log_std + self.log_std_offset, -20, 2)
+        log_std = self.log_std_scale * log_std + self.log_std_offset
+        return mean, log_std.clamp(-20, 2)
 
 
-def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions tanh(u), u = mean + std noise (..., a), and their exact log-density (...), finite for any u."""
+def sample_tanh_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions tanh(u), u = mean + std noise (..., a), and their exact log-density (...)."""
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    # log(1 - tanh(u)^2) in a form that holds for all u; the usual log(1 - a^2 + 1e-6) fails beyond |u| = 7
-    return torch.tanh(u), (log_normal - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
+    actions = torch.tanh(u)
+    # log(1 - tanh(u)^2), exact for all u; the usual log(1 - a^2 + 1e-6) fails beyond |u| = 7
+    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+    return actions, (log_normal - log_slope).sum(-1)
 
 
-def make_networks(observation_dim: int, action_dim: int, args: Args) -> tuple[nn.ModuleDict, Optimizer]:
-    """All networks by name, and the optimiser of the trained ones."""
-    actor = Actor(observation_dim, action_dim, args.hidden_dim, args.actor_layers)
-    critics = TwinCritics(observation_dim, action_dim, args.hidden_dim, args.critic_layers)
-    bound = math.sqrt(3 * 1e-2 / args.hidden_dim)  # the authors' last layers: variance 1e-2 / width, no bias
-    last = actor.layers[-1]
-    for weight, bias in ((last.weight, last.bias), (critics.weights[-1], critics.biases[-1])):
-        nn.init.uniform_(weight, -bound, bound)
-        nn.init.zeros_(bias)
-    networks = nn.ModuleDict({"actor": actor, "critics": critics, "target_critics": copy.deepcopy(critics)})
-    networks["temperature"] = nn.ParameterDict({"log_alpha": torch.tensor(0.0)})
-    networks["lagrange"] = nn.ParameterDict({"log_multiplier": torch.tensor(1.0)})
-    rates = {"actor": args.actor_lr, "critics": args.critic_lr, "temperature": args.actor_lr}
-    rates["lagrange"] = args.critic_lr
-    groups = [{"params": networks[name].parameters(), "lr": rate} for name, rate in rates.items()]
-    return networks.to(args.device), torch.optim.Adam(groups, fused=True)
+class Agent(nn.Module):
+    """All that is trained, and the target networks; its state_dict is what a checkpoint holds."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.actor = Actor(observation_dim, action_dim, args.hidden_dim, args.actor_layers)
+        self.critics = TwinCritics(observation_dim, action_dim, args.hidden_dim, args.critic_layers)
+        # Small last layers keep the first values and actions near 0: a variance of 1e-2 / width.
+        bound = math.sqrt(3 * 1e-2 / args.hidden_dim)
+        for last in (self.actor.layers[-1], self.critics.layers[-1]):
+            nn.init.uniform_(last.weight, -bound, bound)
+            nn.init.zeros_(last.bias)
+        self.target_critics = copy.deepcopy(self.critics)
+        self.log_alpha = nn.Parameter(torch.tensor(0.0))
+        self.log_multiplier = nn.Parameter(torch.tensor(1.0))  # log w', with --cql-lagrange
+
+    def act(self, observations: Tensor, deterministic: bool) -> Tensor:
+        """Actions (B, a) for normalised observations (B, d): the squashed mean, or a sample."""
+        mean, log_std = self.actor(observations)
+        if not deterministic:
+            mean = mean + log_std.exp() * torch.randn_like(mean)
+        return torch.tanh(mean)
+
+    def value(self, observations: Tensor) -> Tensor:
+        """V(s) for --sera-bonus v: min_j Q_j at the policy's mean action, (B, d) -> (B,)."""
+        return self.critics(observations, self.act(observations, deterministic=True)).amin(0)
 
 
-def act(networks: nn.ModuleDict, observations: Tensor, deterministic: bool) -> Tensor:
-    """Actions (B, a) for normalised observations (B, d): the squashed mean, or a sample to explore."""
-    mean, log_std = networks["actor"](observations)
-    return torch.tanh(mean if deterministic else mean + log_std.exp() * torch.randn_like(mean))
-
-
-def state_value(networks: nn.ModuleDict, observations: Tensor) -> Tensor:
-    """V(s) for --sera-bonus v: min_j Q_j at the policy's mean action, (B, d) -> (B,)."""
-    return networks["critics"](observations, act(networks, observations, deterministic=True)).amin(0)
+def make_optimizer(agent: Agent, args: Args) -> tuple[Optimizer, LRScheduler | None]:
+    """Adam for all that is trained, and the schedule of its rates: none here."""
+    groups = [
+        {"params": agent.actor.parameters(), "lr": args.actor_lr},
+        {"params": agent.critics.parameters(), "lr": args.critic_lr},
+        {"params": [agent.log_alpha], "lr": args.actor_lr},
+        {"params": [agent.log_multiplier], "lr": args.critic_lr},
+    ]
+    return torch.optim.Adam(groups, fused=True), None
 
 
 # ------------------------------ SERA bonus (shared)
-def q_conditioned_entropy(observations: Tensor, q_values: Tensor, k: int, logs: dict | None = None) -> Tensor:
-    """The bare estimate H_i of eqs. (S1) to (S3), without scaling or tanh: float32 (B, d), (B,) -> (B,).
+@functools.cache
+def psi_table(batch_size: int, dimension: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """psi(n + 1) / dimension of eq. (S3), n = 0 ... batch_size - 1, rounded once."""
+    n = torch.arange(batch_size, dtype=torch.float64, device=device)
+    return (torch.digamma(n + 1) / dimension).to(dtype)
 
-    Up to a constant, d mean(H_i) - psi(k) is the KSG estimate (Kraskov et al. 2004) of the entropy of states
-    given their value, in nats. logs, if given, takes numbers to watch. ValueError unless 1 <= k < B.
+
+def q_conditioned_entropy(
+    observations: Tensor, q_values: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H_i, rho_i and n_i of eqs. (S1) to (S3), without scaling or tanh: (B, d), (B,) -> 3 x (B,).
+
+    Up to a constant, d mean(H_i) - psi(k) is the KSG estimate (Kraskov et al. 2004) of the entropy
+    of states given their value, in nats. ValueError unless 1 <= k < B.
     """
     batch_size, dimension = observations.shape
     if not 1 <= k < batch_size:
         raise ValueError(f"k is {k}, but {batch_size} rows allow 1 to {batch_size - 1}")
-    # Exact distances: cdist's matrix-product shortcut loses 10 to 30% on close neighbours. n compares the
-    # very floats that set rho, so that the k-th neighbour itself is not counted (KSG's strict <).
-    q_distances = (q_values[:, None] - q_values).abs().fill_diagonal_(torch.inf)  # no row neighbours itself
-    distances = torch.cdist(observations, observations, compute_mode="donot_use_mm_for_euclid_dist")
-    nearest = torch.maximum(distances, q_distances).topk(k, largest=False, sorted=False).values
-    radii = nearest.amax(1).clamp_min(1e-6)  # of equal rows: log stays finite
+    # The matrix-product shortcut of cdist loses 10 to 30 % on close neighbours.
+    exact = "donot_use_mm_for_euclid_dist"
+    distances = torch.cdist(observations, observations, compute_mode=exact)
+    q_distances = (q_values[:, None] - q_values).abs()
+    q_distances.fill_diagonal_(torch.inf)  # no row is its own neighbour
+
+    joint = torch.maximum(distances, q_distances)
+    radii = joint.topk(k, largest=False, sorted=False).values.amax(1)
+    radii = radii.clamp_min(1e-6)  # of equal rows: log stays finite
+    # Strictly less, as in KSG: a neighbour in q that sets rho is the very same float, not counted.
     counts = (q_distances < radii[:, None]).sum(1)
-    if logs is not None:
-        logs |= {"sera/neighbours": counts.float().mean(), "sera/floored": radii.le(1e-6).float().mean()}
-    psi = torch.arange(1, batch_size + 1, dtype=torch.float64, device=radii.device).digamma()  # psi[n]: n + 1
-    return (psi[counts] / dimension).to(radii.dtype) + torch.log(2 * radii)
+
+    psi = psi_table(batch_size, dimension, radii.dtype, radii.device)
+    return psi[counts] + torch.log(2 * radii), radii, counts
 
 
 @torch.no_grad()
-def sera_bonus(networks: nn.ModuleDict, batch: dict, live: Tensor, args: Args) -> tuple[Tensor, dict]:
-    """lambda tanh(H) for every row (B,), and numbers to log. live: the state dimensions that ever change."""
+def intrinsic_reward(
+    agent: nn.Module, batch: dict[str, Tensor], varying_dims: Tensor, args: Args, log: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """lambda tanh(H) for every row (B,), and, if log, numbers to watch.
+
+    agent is the one whose critics give q. varying_dims are the state dimensions that ever change.
+    """
+    observations = batch["observations"]
     if args.sera_bonus == "constant":
         return torch.full_like(batch["rewards"], args.sera_coef), {}
-    observations, logs = batch["observations"], {}
-    q_values = torch.zeros_like(batch["rewards"])  # one value for all: the entropy of the state alone
     if args.sera_bonus == "q":
-        q_values = networks["critics"](observations, batch["actions"]).amin(0)
+        q_values = agent.critics(observations, batch["actions"]).amin(0)
     elif args.sera_bonus == "v":
-        q_values = state_value(networks, observations)
+        q_values = agent.value(observations)
+    else:
+        q_values = torch.zeros_like(batch["rewards"])  # all alike: the entropy of states alone
     if args.sera_scale == "dim":  # as VCSE's SAC does; ant has 84 dimensions that never change
-        observations = observations[:, live] / len(live)
+        observations = observations[:, varying_dims] / len(varying_dims)
         q_values = (q_values - q_values.mean()) / torch.sqrt(q_values.var(correction=0) + 1e-5)
-    bonus = torch.tanh(q_conditioned_entropy(observations, q_values, args.sera_k, logs))
-    logs |= {"sera/bonus_mean": bonus.mean(), "sera/bonus_sd": bonus.std()}
-    logs["sera/above_0.95"] = (bonus > 0.95).float().mean()
-    return args.sera_coef * bonus, logs
+
+    entropy, radii, counts = q_conditioned_entropy(observations, q_values, args.sera_k)
+    bonus = torch.tanh(entropy)
+    if not log:
+        return args.sera_coef * bonus, {}
+    return args.sera_coef * bonus, {
+        "sera/bonus_mean": bonus.mean(),
+        "sera/bonus_sd": bonus.std(),
+        "sera/above_0.95": (bonus > 0.95).float().mean(),
+        "sera/neighbours": counts.float().mean(),
+        "sera/floored": (radii <= 1e-6).float().mean(),
+    }
 
 
 # ------------------------------ losses and update
-def mc_returns(rewards, terminals, dones, gamma, sparse=False, failure_reward=None) -> np.ndarray:
-    """R of eq. (3), the discounted return-to-go, (N,) -> (N,) float32; no bootstrap at a time-out or a cut.
-    sparse: a trajectory (dones end it) of failure_reward alone would have gone on so, as the authors have it.
+WAIT_FOR_EPISODE_END = True  # an online transition has a return-to-go once its episode has ended
+
+
+def mc_returns(
+    rewards: np.ndarray, episode_ends: np.ndarray, gamma: float, failure_reward: float | None = None
+) -> np.ndarray:
+    """The discounted return-to-go of eq. (3), (N,) -> (N,) float32; no bootstrap where a row ends.
+
+    A trajectory of failure_reward alone, if given, would have gone on like that, say the authors.
     """
-    rewards, ends = np.asarray(rewards, np.float64), np.asarray(terminals, bool) | np.asarray(dones, bool)
-    returns, following = np.zeros(len(rewards)), 0.0
-    for row, reward, end in zip(reversed(range(len(rewards))), rewards[::-1].tolist(), ends[::-1].tolist()):
-        returns[row] = following = reward + (0.0 if end else gamma * following)
-    if sparse and gamma < 1:
-        for rows in np.split(np.arange(len(rewards)), np.flatnonzero(dones) + 1):
-            if np.all(rewards[rows] == failure_reward):
-                returns[rows] = failure_reward / (1 - gamma)
+    rewards = np.asarray(rewards, dtype=np.float64)
+    returns = np.zeros(len(rewards))
+    following = 0.0
+    for row in reversed(range(len(rewards))):
+        if episode_ends[row]:
+            following = 0.0
+        following = rewards[row] + gamma * following
+        returns[row] = following
+    if failure_reward is not None and gamma < 1:
+        first_rows_after_an_end = np.flatnonzero(episode_ends) + 1
+        for episode in np.split(np.arange(len(rewards)), first_rows_after_an_end):
+            if np.all(rewards[episode] == failure_reward):
+                returns[episode] = failure_reward / (1 - gamma)
     return returns.astype(np.float32)
 
 
-def episode_columns(transitions: dict[str, np.ndarray], args: Args) -> dict[str, np.ndarray]:
-    """What is added to the rows of whole trajectories: an online row waits for the end of its episode."""
-    rewards, terminals, dones = (transitions[name] for name in ("rewards", "terminals", "dones"))
-    sparse = args.env.startswith("antmaze")  # there a failed step has reward 0, here --reward-bias
-    return {"mc_returns": mc_returns(rewards, terminals, dones, args.gamma, sparse, args.reward_bias)}
+def added_columns(transitions: dict[str, np.ndarray], args: Args) -> dict[str, np.ndarray]:
+    """What the buffer stores beside whole trajectories, whose rewards are scaled already."""
+    # In AntMaze a step that does not arrive has reward 0, which is --reward-bias here.
+    failure_reward = args.reward_bias if args.env.startswith("antmaze") else None
+    rewards, episode_ends = transitions["rewards"], transitions["episode_ends"]
+    return {"mc_returns": mc_returns(rewards, episode_ends, args.gamma, failure_reward)}
 
 
-def conservative_term(q_values: Tensor, log_densities: Tensor, mc_returns: Tensor) -> tuple[Tensor, Tensor]:
-    """C_j of eqs. (2) and (3), (2,), and the share of policy actions that R lifts, (); from Q_j (2, B, 1+3n)
-    of data, uniform, pi(s), pi(s') actions, in this order, and log mu (B, 3n) of all but the data's.
+def sample_cql_actions(
+    policy: tuple[Tensor, Tensor], next_policy: tuple[Tensor, Tensor], n: int
+) -> tuple[Tensor, Tensor]:
+    """The actions of eq. (2), n uniform, n of pi(s), n of pi(s'), (B, 3n, a), and log mu (B, 3n).
+
+    policy and next_policy: mean and log_std (B, a) at s and at s'.
+    """
+    mean, log_std = (x[:, None] for x in policy)
+    next_mean, next_log_std = (x[:, None] for x in next_policy)
+    batch_size, _, action_dim = mean.shape
+    noise = torch.randn(2, batch_size, n, action_dim, device=mean.device)
+    uniform_actions = torch.rand_like(noise[0]) * 2 - 1
+    policy_actions, policy_log_prob = sample_tanh_gaussian(mean, log_std, noise[0])
+    next_actions, next_log_prob = sample_tanh_gaussian(next_mean, next_log_std, noise[1])
+    uniform_log_prob = torch.full_like(policy_log_prob, -action_dim * math.log(2))
+    actions = torch.cat([uniform_actions, policy_actions, next_actions], dim=1)
+    log_densities = torch.cat([uniform_log_prob, policy_log_prob, next_log_prob], dim=1)
+    return actions, log_densities
+
+
+def conservative_term(
+    q_data: Tensor, q_sampled: Tensor, log_densities: Tensor, mc_returns: Tensor
+) -> Tensor:
+    """C_j of eqs. (2) and (3), (2,).
+
+    q_data (2, B); q_sampled (2, B, 3n) and log_densities (B, 3n) in the order of
+    sample_cql_actions; mc_returns (B,).
     """
     n = log_densities.shape[1] // 3
-    q_data, q_uniform, q_policy = q_values.split([1, n, 2 * n], dim=-1)
+    q_uniform, q_policy = q_sampled.split([n, 2 * n], dim=-1)
     calibrated = torch.maximum(q_policy, mc_returns[:, None])
-    q_sampled = torch.cat([q_uniform, calibrated], dim=-1) - log_densities
-    return (q_sampled.logsumexp(-1) - q_data[..., 0]).mean(1), (calibrated > q_policy).float().mean()
+    q_sampled = torch.cat([q_uniform, calibrated], dim=-1)
+    return ((q_sampled - log_densities).logsumexp(-1) - q_data).mean(1)
 
 
-def update(state: SimpleNamespace, batch: dict, args: Args) -> dict:
+def policy_is_due(update_number: int, args: Args) -> bool:
+    """Whether the policy learns in this update: always."""
+    return True
+
+
+def update(
+    agent: Agent, optimizer: Optimizer, batch: dict[str, Tensor], args: Args, kind: "StepKind"
+) -> dict[str, Tensor]:
     """One step of every network on one batch; returns what to log, left on the device."""
-    networks, optimizer = state.networks, state.optimizer
-    actor, critics, target_critics = networks["actor"], networks["critics"], networks["target_critics"]
-    log_alpha, log_multiplier = networks["temperature"]["log_alpha"], networks["lagrange"]["log_multiplier"]
-    observations, next_observations = batch["observations"], batch["next_observations"]
-    batch_size, action_dim, n = *batch["actions"].shape, args.cql_actions
+    observations, actions = batch["observations"], batch["actions"]
+    next_observations = batch["next_observations"]
+    n = args.cql_actions
 
-    # Policy and temperature, eqs. (5) and (6), from one sample; frozen critics only pass the gradient on.
-    mean, log_std = actor(observations)
-    new_actions, log_prob = squash(mean, log_std, torch.randn_like(mean))  # (B, a), (B,)
-    critics.requires_grad_(False)
-    actor_loss = (log_alpha.detach().exp() * log_prob - critics(observations, new_actions).amin(0)).mean()
-    critics.requires_grad_(True)
-    alpha_loss = -(log_alpha * (log_prob.detach() - action_dim)).mean()
+    # Policy and temperature, eqs. (5) and (6). Frozen critics only pass the gradient on.
+    mean, log_std = agent.actor(observations)
+    new_actions, log_prob = sample_tanh_gaussian(mean, log_std, torch.randn_like(mean))
+    agent.critics.requires_grad_(False)
+    q_new = agent.critics(observations, new_actions).amin(0)  # (B,)
+    agent.critics.requires_grad_(True)
+    actor_loss = (agent.log_alpha.detach().exp() * log_prob - q_new).mean()
+    target_entropy = -actions.shape[1]
+    alpha_loss = -(agent.log_alpha * (log_prob.detach() + target_entropy)).mean()
 
-    # All other actions, from one pass of the policy per state, and the target, eq. (1).
+    # Target, eq. (1), and the actions of the conservative term, eq. (2).
     with torch.no_grad():
-        next_mean, next_log_std = actor(next_observations)
-        noise = torch.randn(2, batch_size, n, action_dim, device=observations.device)
-        uniform_actions = torch.rand_like(noise[0]) * 2 - 1
-        policy_actions, policy_log_prob = squash(mean[:, None], log_std[:, None], noise[0])  # (B, n, a)
-        next_actions, next_log_prob = squash(next_mean[:, None], next_log_std[:, None], noise[1])
-        uniform_log_prob = torch.full_like(policy_log_prob, -action_dim * math.log(2))
-        if args.max_backup:  # the same next actions serve both uses, which correlates the noise, no more
+        next_mean, next_log_std = agent.actor(next_observations)
+        sampled_actions, log_densities = sample_cql_actions(
+            (mean, log_std), (next_mean, next_log_std), n
+        )
+        if args.cql_max_target_backup:  # the same next actions serve both uses
+            next_actions = sampled_actions[:, 2 * n :]
             repeated = next_observations[:, None].expand(-1, n, -1)
-            next_q = target_critics(repeated, next_actions).amin(0).amax(1)
+            next_q = agent.target_critics(repeated, next_actions).amin(0).amax(1)
         else:
-            target_actions, _ = squash(next_mean, next_log_std, torch.randn_like(next_mean))
-            next_q = target_critics(next_observations, target_actions).amin(0)
+            noise = torch.randn_like(next_mean)
+            next_actions, _ = sample_tanh_gaussian(next_mean, next_log_std, noise)
+            next_q = agent.target_critics(next_observations, next_actions).amin(0)
         target_q = batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_q  # (B,)
-        all_actions = torch.cat([batch["actions"][:, None], uniform_actions, policy_actions, next_actions], 1)
-        log_densities = torch.cat([uniform_log_prob, policy_log_prob, next_log_prob], 1)  # (B, 3n)
 
-    # Critics, eqs. (2) to (4): both on all 1 + 3n actions in one call.
-    q_values = critics(observations[:, None].expand(-1, 1 + 3 * n, -1), all_actions)  # (2, B, 1 + 3n)
-    td_loss = (q_values[..., 0] - target_q).square().mean(1).sum()
-    conservative, calibrated_share = conservative_term(q_values, log_densities, batch["mc_returns"])
+    # Critics, eqs. (2) to (4): both of them, on all 1 + 3n actions, in one call.
+    all_actions = torch.cat([actions[:, None], sampled_actions], dim=1)
+    repeated = observations[:, None].expand(-1, 1 + 3 * n, -1)
+    q_values = agent.critics(repeated, all_actions)  # (2, B, 1 + 3n)
+    q_data, q_sampled = q_values[..., 0], q_values[..., 1:]
+    td_loss = (q_data - target_q).square().mean(1).sum()
+    returns = batch["mc_returns"]
+    conservative = conservative_term(q_data, q_sampled, log_densities, returns)
     if args.cql_lagrange:
-        weight = log_multiplier.exp().clamp(0, 1e6) * args.cql_weight
+        weight = agent.log_multiplier.exp().clamp(0, 1e6) * args.cql_weight
         cql_loss = (weight.detach() * (conservative - args.cql_gap)).sum()
-        cql_loss = cql_loss - 0.5 * (weight * (conservative.detach() - args.cql_gap)).sum()
+        multiplier_loss = -0.5 * (weight * (conservative.detach() - args.cql_gap)).sum()
+        cql_loss = cql_loss + multiplier_loss
     else:
         cql_loss = args.cql_weight * conservative.sum()
 
-    # The losses share no parameter: one backward pass and one step serve all, as of the networks before it.
+    # The losses share no parameter, so that one backward pass and one step serve all of them.
     optimizer.zero_grad()
     (actor_loss + alpha_loss + td_loss + cql_loss).backward()
     optimizer.step()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(target_critics.parameters()), list(critics.parameters()), args.tau)
-    logs = {"td": td_loss, "conservative": conservative.mean(), "calibrated_share": calibrated_share}
-    logs |= {"actor": actor_loss, "entropy": -log_prob.mean(), "alpha": log_alpha.exp()}
-    logs |= {"q_data": q_values[..., 0].mean(), "q_policy": q_values[..., 1 + n : 1 + 2 * n].mean()}
-    return {f"losses/{name}": value.detach() for name, value in logs.items()}
+    move_targets(agent.target_critics, agent.critics, args.tau)
+
+    if not kind.log:
+        return {}
+    q_policy = q_sampled.detach()[..., n:]  # at pi(s), then at pi(s')
+    return {
+        "losses/td": td_loss.detach(),
+        "losses/conservative": conservative.detach().mean(),
+        "losses/calibrated_share": (q_policy < returns[:, None]).float().mean(),
+        "losses/actor": actor_loss.detach(),
+        "losses/entropy": -log_prob.detach().mean(),
+        "losses/alpha": agent.log_alpha.detach().exp(),
+        "losses/q_data": q_data.detach().mean(),
+        "losses/q_policy": q_policy[..., :n].mean(),
+    }
+
+
+# ------------------------------ training (shared)
+class StepKind(NamedTuple):
+    """All that makes one training step differ from another."""
+
+    online: bool
+    offline_rows: int  # dataset transitions in the batch
+    online_rows: int
+    policy_due: bool
+    log: bool  # whether numbers to log are wanted
+
+
+def train(run: "Run", args: Args) -> None:
+    """Both phases, or what is left of them, and the closing words."""
+    if run.phase == "offline":
+        offline_phase(run, args)
+    if args.online_steps:
+        if run.phase == "offline":
+            start_online_phase(run, args)
+        online_phase(run, args)
+    run.writer.close()
+    scores = [row[-1] for row in run.evals[-args.eval_episodes :]]
+    say(f"final score {np.mean(scores):.1f}")
+
+
+def offline_phase(run: "Run", args: Args) -> None:
+    """Updates on batches of the dataset."""
+    with progress_bar(run, args.offline_steps):
+        while run.step < args.offline_steps:
+            run.step += 1
+            policy_due = policy_is_due(run.step, args)
+            kind = StepKind(False, args.batch_size, 0, policy_due, log_is_due(run, args))
+            logs = train_step(run, args, kind)
+            end_of_step(run, args, logs, between_episodes=True)
+
+
+def start_online_phase(run: "Run", args: Args) -> None:
+    """Networks and optimizer simply go on; the critics behind the bonus are frozen as they are."""
+    run.phase = "online"
+    run.step = 0
+    if args.sera_critic == "offline":
+        run.bonus_agent.load_state_dict(run.agent.state_dict())
+
+
+def online_phase(run: "Run", args: Args) -> None:
+    """Environment steps with updates on a mix of dataset and online transitions."""
+    episode = []  # transitions that are not in the buffer yet
+    done = True
+    with progress_bar(run, args.online_steps):
+        if run.step == 0:
+            run_evaluation(run, args)
+        while run.step < args.online_steps:
+            run.step += 1
+            if done:  # seeded once; then the environment's own generator draws the start states
+                observation, _ = run.env.reset(seed=args.seed if run.step == 1 else None)
+            action = explore(run, args, observation)
+            logs = online_updates(run, args)  # first: a GPU is at it while the environment steps
+            next_observation, reward, terminated, truncated, info = run.env.step(action)
+            done = terminated or truncated
+            last = run.step == args.online_steps
+            transition = (observation, action, reward, next_observation, terminated, done or last)
+            episode.append(transition)
+            observation = next_observation
+            if done or last or not WAIT_FOR_EPISODE_END:
+                run.buffer.append(stack_transitions(episode))
+                episode = []
+            if done:
+                log_episode(run, args, info["episode"]["r"])
+            end_of_step(run, args, logs, between_episodes=done)
+
+
+def explore(run: "Run", args: Args, observation: np.ndarray) -> np.ndarray:
+    """An action (a,) to learn from: the policy's, with its noise, or a random one."""
+    if run.buffer.offline_size == 0 and run.step <= args.learning_starts:
+        return (2 * torch.rand(run.env.action_space.shape) - 1).numpy()
+    return act(run, observation[None], deterministic=False)[0]
+
+
+def stack_transitions(transitions: list[tuple]) -> dict[str, np.ndarray]:
+    """A list of transitions as the columns that load_d4rl gives."""
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "episode_ends")
+    return {name: np.array(values) for name, values in zip(names, zip(*transitions))}
+
+
+def online_updates(run: "Run", args: Args) -> dict[str, Tensor]:
+    """The updates that belong to one environment step; the logs of the last, if any are due."""
+    rows = online_batch(run.buffer, args)
+    if rows is None or (run.buffer.offline_size == 0 and run.step <= args.learning_starts):
+        return {}
+    for number in range(args.updates_per_step):
+        policy_due = policy_is_due((run.step - 1) * args.updates_per_step + number + 1, args)
+        log = log_is_due(run, args) and number == args.updates_per_step - 1
+        logs = train_step(run, args, StepKind(True, *rows, policy_due, log))
+    return logs
+
+
+def online_batch(buffer: "ReplayBuffer", args: Args) -> tuple[int, int] | None:
+    """Numbers of dataset and online transitions in a batch.
+
+    Until there are enough online ones for their share, only the dataset's; None if that has none.
+    """
+    offline_rows = round(args.batch_size * args.mixing_ratio)
+    online_rows = args.batch_size - offline_rows
+    if buffer.online_size >= online_rows:
+        return offline_rows, online_rows
+    if offline_rows:
+        return args.batch_size, 0
+    return None
+
+
+def train_step(run: "Run", args: Args, kind: StepKind) -> dict[str, Tensor]:
+    """One training step; then the schedule of learning rates, if there is one, moves on."""
+    logs = sample_and_update(run, args, kind)
+    if run.scheduler:
+        run.scheduler.step()
+    return logs
+
+
+def sample_and_update(run: "Run", args: Args, kind: StepKind) -> dict[str, Tensor]:
+    """A batch, the bonus, and one update: all of it on the device, and all that varies in kind."""
+    batch = run.buffer.sample(kind.offline_rows, kind.online_rows)
+    logs = {}
+    if kind.online and args.sera_coef:
+        bonus, logs = intrinsic_reward(run.bonus_agent, batch, run.varying_dims, args, kind.log)
+        batch["rewards"] = batch["rewards"] + bonus  # the buffer keeps its own
+    return logs | update(run.agent, run.optimizer, batch, args, kind)
+
+
+def log_is_due(run: "Run", args: Args) -> bool:
+    return run.step % args.log_every == 0 or run.step == run.steps_of_phase(args)
+
+
+def end_of_step(run: "Run", args: Args, logs: dict, between_episodes: bool) -> None:
+    """Logs, evaluation and checkpoint, where they are due."""
+    last = run.step == run.steps_of_phase(args)
+    run.save_due |= bool(run.received) or run.step % args.checkpoint_every == 0
+    saving = last or (run.save_due and between_episodes)  # so that it resumes as the very same run
+    if logs or saving:  # only now do numbers leave the device
+        check_finite(run, logs)
+        for name, value in logs.items():
+            run.writer.add_scalar(name, float(value), run.total_step(args))
+    with contextlib.suppress(OSError):  # a closed terminal is no reason to stop
+        run.progress.update()
+    if last or run.step % args.eval_every == 0:
+        run_evaluation(run, args)
+    if saving:
+        save_checkpoint(run, args)
+        run.writer.flush()
+        run.save_due = False
+        if run.received:
+            sys.exit(f"{run.received[0]}: go on with --run-dir {run.run_dir} --resume")
 
 
 # ------------------------------ data (shared)
-# Gymnasium id, dimensions, and the returns that D4RL scores as 0 and as 100.
-Task = namedtuple("Task", "env_id observation_dim action_dim random_return expert_return")
+class Task(NamedTuple):
+    env_id: str  # Gymnasium's
+    observation_dim: int
+    action_dim: int
+    random_return: float  # which D4RL scores as 0
+    expert_return: float  # which D4RL scores as 100
+
+
 TASKS = {
     "hopper": Task("Hopper-v4", 11, 3, -20.272305, 3234.3),
     "halfcheetah": Task("HalfCheetah-v4", 17, 6, -280.178953, 12135.0),
     "walker2d": Task("Walker2d-v4", 17, 6, 1.629008, 4592.3),
     "ant": Task("Ant-v4", 111, 8, -325.6, 3879.7),
-    "antmaze": Task("{}", 29, 8, 0.0, 1.0),  # Gymnasium's id is the data set's
 }
-SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
-# Every known data set and its file; v0 has no full-replay and calls medium-replay "mixed".
-DATASETS = {"hopper-medium-mini": "data/hopper-medium-mini.hdf5"}  # comes with the repository
 KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay")
-for task, kind in itertools.product(("hopper", "halfcheetah", "walker2d", "ant"), KINDS):
-    file = f"{task}_{kind.replace('-', '_')}"
-    DATASETS |= {f"{task}-{kind}-v{v}": f"gym_mujoco_v{v}/{file}-v{v}.hdf5" for v in (1, 2)}
-    file = file.replace("medium_replay", "mixed").replace("walker2d_mixed", "walker_mixed")
-    DATASETS |= {f"{task}-{kind}-v0": f"gym_mujoco/{file}.hdf5"} if kind != "full-replay" else {}
-DATASETS["ant-random-expert-v0"] = "gym_mujoco/ant_random_expert.hdf5"
+BUNDLED = {"hopper-medium-mini": "data/hopper-medium-mini.hdf5"}  # comes with the repository
+SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+MIRROR = "huggingface.co/datasets/imone/D4RL"
 
 
-def find_task(env: str) -> Task:
-    """The task of a data set id; ValueError for any other."""
-    if env.startswith("antmaze"):
+def find_task(dataset_id: str) -> tuple[Task, str]:
+    """The task of a dataset id, and its file below SERVER. ValueError if it is unknown."""
+    if dataset_id in BUNDLED:
+        return TASKS["hopper"], BUNDLED[dataset_id]
+    if dataset_id.startswith("antmaze"):
         try:
-            from envs import antmaze  # registers the environments, and knows ids and files
+            from envs import antmaze  # registers the environments, and knows the files
         except ImportError:
-            raise ValueError(f"--env {env} needs the file envs/antmaze.py beside the script") from None
-        DATASETS.update(antmaze.DATASETS)
-    if env in DATASETS:
-        return TASKS[env.split("-")[0]]
-    families = "Gym-MuJoCo or AntMaze (Adroit, kitchen and maze2d are not supported)"
-    raise ValueError(f"--env {env} is no data set of {families}: give one such as walker2d-medium-replay-v2")
+            fix = "needs the file envs/antmaze.py beside the script"
+            raise ValueError(f"--env {dataset_id} {fix}") from None
+        if dataset_id in antmaze.DATASETS:
+            return Task(dataset_id, 29, 8, 0.0, 1.0), antmaze.DATASETS[dataset_id]
+    match = re.fullmatch(r"([a-z0-9]+)-(.+)-v([012])", dataset_id)
+    if not match or match[1] not in TASKS or match[2] not in KINDS:
+        families = "Gym-MuJoCo or AntMaze (Adroit, kitchen and maze2d are not supported)"
+        fix = "give one such as walker2d-medium-replay-v2"
+        raise ValueError(f"--env {dataset_id} is no dataset of {families}: {fix}")
+    robot, kind, version = match.groups()
+    name = f"{robot}_{kind.replace('-', '_')}"
+    if version == "0":
+        return TASKS[robot], f"gym_mujoco/{name}.hdf5"
+    return TASKS[robot], f"gym_mujoco_v{version}/{name}-v{version}.hdf5"
 
 
-def find_dataset(env: str, dataset_path: str | None = None) -> Path:
-    """The HDF5 file: dataset_path, else bundled, else in D4RL's cache folder, else downloaded into that."""
+def fetch_dataset(dataset_id: str, dataset_path: str | None = None) -> Path:
+    """The HDF5 file: dataset_path, else bundled, else in D4RL's cache, else downloaded into that.
+
+    FileNotFoundError if there is none.
+    """
+    _, server_path = find_task(dataset_id)
     cache = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    bundled = Path(__file__).resolve().parent / DATASETS[env]
-    path = Path(dataset_path or (bundled if bundled.is_file() else cache / bundled.name))
+    bundled = Path(__file__).resolve().parent / server_path
+    path = cache / bundled.name
+    if dataset_path:
+        path = Path(dataset_path)
+    elif bundled.is_file():
+        path = bundled
     if path.is_file():
         return path
-    if dataset_path or env == "hopper-medium-mini":
+    if dataset_path or dataset_id in BUNDLED:
         raise FileNotFoundError(f"there is no data file {path}: name one with --dataset-path")
-    url = f"{SERVER}/{DATASETS[env]}"
+
+    url = f"{SERVER}/{server_path}"
+    part = path.with_name(f"{path.name}.part")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
         torch.hub.download_url_to_file(url, str(part))
         h5py.File(part).close()  # refuses a truncated file
         return part.rename(path)
     except Exception as error:  # whatever the network or the disk may raise
-        fix = f"put it into {cache} (mirror: huggingface.co/datasets/imone/D4RL) or use --dataset-path"
-        raise FileNotFoundError(f"could not download {env} ({error}), tried {url}: {fix}") from None
+        fix = f"put it into {cache} (mirror: {MIRROR}), or use --dataset-path"
+        raise FileNotFoundError(
+            f"could not download {dataset_id} ({error}), tried {url}: {fix}"
+        ) from None
 
 
-def load_d4rl(env: str, dataset_path: str | None = None) -> dict[str, np.ndarray]:
-    """The transitions of a data set: exactly those of d4rl.qlearning_dataset, in the order of the file.
-
-    observations, next_observations (N, d), actions (N, a), rewards (N,) float32; terminals, dones (N,) bool.
-    Time-outs and the last row have no next state and are left out; dones marks a trajectory's last kept row.
-    A terminal's next state is the next episode's: mask it. ValueError, FileNotFoundError.
-    """
-    task, path = find_task(env), find_dataset(env, dataset_path)
-    widths = {"observations": (task.observation_dim,), "actions": (task.action_dim,)}
-    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The named arrays of an HDF5 file, whatever their shape. ValueError if one cannot be read."""
     try:
-        with h5py.File(path, locking=False) as file:  # links and virtual arrays may lead into other files
-            raw = {x: file[x] for x in names if isinstance(file.get(x, getlink=True), h5py.HardLink)}
-            raw = {x: y for x, y in raw.items() if not (getattr(y, "is_virtual", True) or y.external)}
-            raw = {x: np.array(y) for x, y in raw.items() if (y.size or 0) <= 2000 * y.id.get_storage_size()}
-    except Exception as error:  # h5py raises all kinds
+        with h5py.File(path, locking=False) as file:
+            arrays = {}
+            for name in names:
+                if not isinstance(file.get(name), h5py.Dataset):
+                    fix = "give a file in D4RL's format"
+                    raise ValueError(f"{path} has no array '{name}': {fix}")
+                arrays[name] = np.asarray(file[name])
+    except (OSError, RuntimeError, MemoryError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as HDF5 ({error}): fetch it again") from None
-    for name in names:
-        if name not in raw:
-            raise ValueError(f"{path} has no array '{name}': give a file in D4RL's format")
-        array, shape = raw[name], raw["observations"].shape[:1] + widths.get(name, ())
-        array = array[:, 0] if array.shape == (*shape, 1) else array  # v1 medium-replay has rewards (N, 1)
+    return arrays
+
+
+def load_d4rl(dataset_id: str, path: Path | str) -> dict[str, np.ndarray]:
+    """The transitions of a data file: exactly those of d4rl.qlearning_dataset, in its order.
+
+    observations, next_observations (N, d), actions (N, a), rewards (N,) float32; terminals and
+    episode_ends (N,) bool. Timeouts and the last row have no next state and are left out;
+    episode_ends marks a trajectory's last kept row. After a terminal, next_observations is the
+    next episode's first: mask it. ValueError for a file that is not like that.
+    """
+    task, _ = find_task(dataset_id)
+    flags = ("terminals", "timeouts")
+    raw = read_arrays(path, ("observations", "actions", "rewards", *flags))
+    widths = {"observations": (task.observation_dim,), "actions": (task.action_dim,)}
+    rows = raw["observations"].shape[:1]
+    for name, array in raw.items():
+        shape = rows + widths.get(name, ())
+        if array.shape == (*shape, 1):  # rewards of v1 medium-replay
+            array = array[:, 0]
         if array.shape != shape or len(array) < 2 or array.dtype.kind not in "fbiu":
-            raise ValueError(f"{name} in {path} is {array.dtype} {array.shape}: {env} needs numbers, {shape}")
-        good = np.isin(array, (0, 1)) if name in names[3:] else np.abs(array) <= np.finfo(np.float32).max
+            found = f"{array.dtype} {array.shape}"
+            raise ValueError(f"{name} in {path} is {found}: {dataset_id} needs numbers, {shape}")
+        if name in flags:
+            good = np.isin(array, (0, 1))
+        else:
+            good = np.abs(array) <= np.finfo(np.float32).max
         if not good.all():
-            raise ValueError(f"{name} in {path} has NaN or infinity, or flags other than 0 and 1: mend it")
-        raw[name] = array.astype(bool if name in ("terminals", "timeouts") else np.float32)
+            wrong = "flags other than 0 and 1" if name in flags else "NaN or infinity"
+            raise ValueError(f"{name} in {path} has {wrong}: fix the file")
+        raw[name] = array.astype(bool if name in flags else np.float32)
+    largest = np.abs(raw["actions"]).max()
+    if largest > 1 + 1e-6:
+        raise ValueError(f"{path} has actions up to {largest:g}: they have to be within [-1, 1]")
+
     keep = np.flatnonzero(~raw["timeouts"][:-1])
-    if not len(keep) or np.abs(raw["actions"]).max() > 1 + 1e-6:
-        found = f"{len(keep)} transitions, actions up to {np.abs(raw['actions']).max():g}"
-        raise ValueError(f"{path} holds {found}: at least one is needed, and actions within [-1, 1]")
-    dones = raw["terminals"][keep] | raw["timeouts"][keep + 1]
-    dones[-1] = True
-    kept = {name: raw[name][keep] for name in ("observations", "actions", "rewards", "terminals")}
-    return kept | {"next_observations": raw["observations"][keep + 1], "dones": dones}
+    if len(keep) == 0:
+        raise ValueError(f"{path} has 0 transitions, as every row is a timeout: fix the file")
+    episode_ends = raw["terminals"][keep] | raw["timeouts"][keep + 1]
+    episode_ends[-1] = True
+    return {
+        "observations": raw["observations"][keep],
+        "actions": raw["actions"][keep],
+        "rewards": raw["rewards"][keep],
+        "next_observations": raw["observations"][keep + 1],
+        "terminals": raw["terminals"][keep],
+        "episode_ends": episode_ends,
+    }
+
+
+def return_range(data: dict[str, np.ndarray]) -> float:
+    """Best minus worst return of the trajectories; 1000, which scales nothing, if all are alike."""
+    first_rows = np.flatnonzero(np.append(True, data["episode_ends"][:-1]))
+    returns = np.add.reduceat(data["rewards"], first_rows, dtype=np.float64)
+    return float(np.ptp(returns)) or 1000.0
 
 
 class ReplayBuffer:
-    """Rows as the networks see them, on the training device: the data set's, then online ones."""
+    """Transitions as the networks see them, on the training device: dataset first, then online.
 
-    def __init__(self, data: dict[str, np.ndarray] | None, args: Args):
-        self.args, self.columns, self.size, self.capacity = args, {}, 0, args.online_steps
-        self.mean, self.std, self.reward_scale = np.float64(0), np.float64(1), np.float64(args.reward_scale)
-        if data is not None:  # from scratch there is nothing to normalise by
+    They are rows of one table, so that a batch is one gather.
+    """
+
+    def __init__(self, data: dict[str, np.ndarray] | None, args: Args, device: torch.device):
+        self.args = args
+        self.device = device
+        self.columns: dict[str, slice | int] = {}  # where in a row each quantity stands
+        self.table = torch.empty(0)  # made by the first append
+        self.size = 0
+        self.capacity = args.online_steps
+        self.mean = np.float64(0)
+        self.std = np.float64(1)
+        self.reward_scale = args.reward_scale
+        if data is not None:  # without data there is nothing to normalise by
             self.capacity += len(data["rewards"])
             if args.normalize_observations:
                 self.mean = data["observations"].mean(0, dtype=np.float64)
                 self.std = data["observations"].std(0, dtype=np.float64) + 1e-3
             if args.normalize_rewards:
-                first_rows = np.flatnonzero(np.append(True, data["dones"][:-1]))
-                spread = np.ptp(np.add.reduceat(data["rewards"], first_rows, dtype=np.float64))
-                self.reward_scale *= 1000 / (spread or 1000)  # equal returns have no range: leave them alone
+                self.reward_scale *= 1000 / return_range(data)
             self.append(data)
         self.offline_size = self.size
+
+    @property
+    def online_size(self) -> int:
+        return self.size - self.offline_size
 
     def normalize(self, observations: np.ndarray) -> np.ndarray:
         return ((observations - self.mean) / self.std).astype(np.float32)
 
     def append(self, transitions: dict[str, np.ndarray]) -> None:
-        """Add transitions, named as by load_d4rl; the one way in for data-set and online rows."""
-        rewards = self.reward_scale * transitions["rewards"] + self.args.reward_bias
-        transitions = transitions | {"rewards": rewards}
-        rows = {name: transitions[name].astype(np.float32) for name in ("rewards", "terminals")}
-        rows |= {name: self.normalize(transitions[name]) for name in ("observations", "next_observations")}
-        rows["actions"] = transitions["actions"].clip(-1 + 1e-5, 1 - 1e-5)  # a tanh has no density at 1
-        self.write(rows | (episode_columns(transitions, self.args) if episode_columns else {}))
+        """Add transitions, named as by load_d4rl; the one way in for dataset and online rows."""
+        rewards = self.reward_scale * transitions["rewards"].astype(np.float64)
+        rewards += self.args.reward_bias
+        columns = {
+            "observations": self.normalize(transitions["observations"]),
+            "actions": transitions["actions"].clip(-1 + 1e-5, 1 - 1e-5),  # tanh never gives 1
+            "rewards": rewards,
+            "next_observations": self.normalize(transitions["next_observations"]),
+            "terminals": transitions["terminals"],
+        }
+        columns |= added_columns(transitions | {"rewards": rewards}, self.args)
+        if not self.columns:
+            self.make_table(columns)
+        rows = np.empty((len(rewards), self.table.shape[1]), dtype=np.float32)
+        for name, position in self.columns.items():
+            rows[:, position] = columns[name]
+        self.append_rows(torch.from_numpy(rows))
 
-    def write(self, rows: dict) -> None:
-        start, self.size = self.size, self.size + len(rows["rewards"])
-        for name, column in rows.items():
-            if name not in self.columns:
-                self.columns[name] = torch.zeros(self.capacity, *column.shape[1:], device=self.args.device)
-            self.columns[name][start : self.size] = torch.as_tensor(column)
+    def make_table(self, columns: dict[str, np.ndarray]) -> None:
+        width = 0
+        for name, values in columns.items():
+            if values.ndim == 1:
+                self.columns[name] = width
+                width += 1
+            else:
+                self.columns[name] = slice(width, width + values.shape[1])
+                width += values.shape[1]
+        self.table = torch.zeros(self.capacity, width, device=self.device)
+
+    def append_rows(self, rows: Tensor) -> None:
+        """Add rows (n, width) that are laid out as the table is."""
+        end = self.size + len(rows)
+        self.table[self.size : end] = rows
+        self.size = end
+
+    def as_columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """The quantities in rows (n, width), by name, as views: (n, width of it) or (n,)."""
+        return {name: rows[:, position] for name, position in self.columns.items()}
 
     def sample(self, offline_rows: int, online_rows: int) -> dict[str, Tensor]:
-        """A batch of copies, drawn on the device with replacement, data-set rows first."""
-        ranges = (0, self.offline_size, offline_rows), (self.offline_size, self.size, online_rows)
-        indices = torch.cat([torch.randint(*ends, (n,), device=self.args.device) for *ends, n in ranges if n])
-        return {name: column[indices] for name, column in self.columns.items()}
+        """A batch of copies, drawn on the device with replacement, dataset rows first."""
+        count = offline_rows + online_rows
+        uniform = torch.rand(count, dtype=torch.float64, device=self.device)
+        offline = uniform[:offline_rows] * self.offline_size
+        online = uniform[offline_rows:] * self.online_size + self.offline_size
+        indices = torch.cat([offline, online]).long()
+        return self.as_columns(self.table[indices])
 
 
 # ------------------------------ environment and evaluation (shared)
 def use_d4rl_physics(env: gymnasium.Env) -> None:
     """Give a MujocoEnv the inertias and margins of D4RL's MuJoCo (before 2.1.2), in place.
 
-    There a capsule of radius r and half length h weighed as a cylinder of length 2h + r, so compile that; and
-    of the margins of two touching geoms the larger counted, where since 3.5.0 they add up.
+    There a capsule of radius r and half length h weighed as a cylinder of length 2h + r, so
+    compile that; and of the margins of two touching geoms the larger counted, where since 3.5.0
+    they add up.
     """
     spec = mujoco.MjSpec.from_file(env.fullpath)
     for geom in spec.geoms:
-        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:
-            geom.type = mujoco.mjtGeom.mjGEOM_CYLINDER
+        if geom.type != mujoco.mjtGeom.mjGEOM_CAPSULE:
+            continue
+        geom.type = mujoco.mjtGeom.mjGEOM_CYLINDER
+        radius = geom.size[0]
+        if np.isfinite(geom.fromto).all():  # given by its ends: move each out by r / 2
             start, end = geom.fromto[:3], geom.fromto[3:]
-            if np.isfinite(geom.fromto).all():  # given by its ends: move each out by r / 2
-                shift = (end - start) / np.linalg.norm(end - start) * geom.size[0] / 2
-                geom.fromto = np.concatenate([start - shift, end + shift])
-            else:
-                geom.size[1] += geom.size[0] / 2
-    old = spec.compile()
+            shift = (end - start) / np.linalg.norm(end - start) * radius / 2
+            geom.fromto = np.concatenate([start - shift, end + shift])
+        else:
+            geom.size[1] += radius / 2
+    old_model = spec.compile()
     for name in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
-        getattr(env.model, name)[:] = getattr(old, name)
+        getattr(env.model, name)[:] = getattr(old_model, name)
     if mujoco.mj_version() >= 350:
         env.model.geom_margin[:] *= 0.5
     mujoco.mj_setConst(env.model, env.data)
 
 
-def make_env(env: str, physics: str = "d4rl", render_mode: str | None = None) -> gymnasium.Env:
-    """Gymnasium's -v4 (-v5 changed rewards), actions clipped; physics: "d4rl", or "gymnasium" as shipped."""
-    task = find_task(env)
-    mujoco.set_mju_user_warning(warnings.warn)  # else C code writes MUJOCO_LOG.TXT into the working directory
+def pad_observations(env: gymnasium.Env, observation_dim: int) -> gymnasium.Env:
+    """Zeros behind ant's 27 dimensions: D4RL's data has 84 in place of contact forces."""
+    space = env.observation_space
+    missing = (0, observation_dim - space.shape[0])
+    low = np.pad(space.low, missing)
+    high = np.pad(space.high, missing)
+    padded = gymnasium.spaces.Box(low, high, dtype=space.dtype)
+    return gymnasium.wrappers.TransformObservation(env, lambda s: np.pad(s, missing), padded)
+
+
+def make_env(
+    dataset_id: str, physics: str = "d4rl", video_dir: Path | None = None
+) -> gymnasium.Env:
+    """The task's environment: Gymnasium's -v4 (-v5 changed rewards), actions clipped.
+
+    physics: "d4rl", or "gymnasium" for the model as shipped. video_dir: film its episodes there.
+    """
+    task, _ = find_task(dataset_id)
+    mujoco.set_mju_user_warning(warnings.warn)  # else MuJoCo writes MUJOCO_LOG.TXT
+    render_mode = "rgb_array" if video_dir else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # -v4 is deprecated, and half_cheetah.xml uses a deprecated attribute
-        made = gymnasium.make(task.env_id.format(env), render_mode=render_mode, disable_env_checker=True)
-        if physics == "d4rl" and not env.startswith("antmaze"):  # which has it built in
-            use_d4rl_physics(made.unwrapped)
-    space, pad = made.observation_space, (0, task.observation_dim - made.observation_space.shape[0])
-    if pad[1]:  # ant: in D4RL's data 84 zeros follow the 27 dimensions, in place of contact forces
-        space = gymnasium.spaces.Box(np.pad(space.low, pad), np.pad(space.high, pad), dtype=space.dtype)
-        made = gymnasium.wrappers.TransformObservation(made, lambda s: np.pad(s, pad), space)
-    return gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.wrappers.ClipAction(made))
+        warnings.simplefilter("ignore")  # -v4 is deprecated, as is an attribute it uses
+        env = gymnasium.make(task.env_id, render_mode=render_mode, disable_env_checker=True)
+        if physics == "d4rl" and not dataset_id.startswith("antmaze"):  # which has it built in
+            use_d4rl_physics(env.unwrapped)
+        if env.observation_space.shape[0] < task.observation_dim:
+            env = pad_observations(env, task.observation_dim)
+        if video_dir:
+            env = film(env, video_dir)
+    env = gymnasium.wrappers.ClipAction(env)
+    return gymnasium.wrappers.RecordEpisodeStatistics(env)
 
 
-def normalized_score(env: str, returns: float | np.ndarray) -> float | np.ndarray:
+def film(env: gymnasium.Env, video_dir: Path) -> gymnasium.Env:
+    """Film all its episodes. ValueError where that needs something to be installed."""
+    try:
+        env.reset(seed=0)
+        env.render()
+        return gymnasium.wrappers.RecordVideo(env, str(video_dir), lambda episode: True)
+    except Exception as error:  # of OpenGL, of the display, or the lack of MoviePy
+        fix = "pip install moviepy, and on a machine without a display set MUJOCO_GL=egl"
+        raise ValueError(f"--capture-video does not work here ({error}): {fix}") from None
+
+
+def normalized_score(dataset_id: str, returns: float | np.ndarray) -> float | np.ndarray:
     """D4RL's score of undiscounted returns, in percent: 0 is a random policy, 100 an expert."""
-    task = find_task(env)
-    return 100 * (np.asarray(returns) - task.random_return) / (task.expert_return - task.random_return)
+    task, _ = find_task(dataset_id)
+    score = (np.asarray(returns) - task.random_return) / (task.expert_return - task.random_return)
+    return 100 * score
 
 
-def evaluate(policy, envs: list[gymnasium.Env], seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (E,) and lengths (E,) of an episode in each environment; policy: (E, d) -> actions (E, a)."""
+@torch.no_grad()
+def act(run: "Run", observations: np.ndarray, deterministic: bool) -> np.ndarray:
+    """Actions (E, a) for observations (E, d) as the environment gives them."""
+    inputs = torch.from_numpy(run.buffer.normalize(observations)).to(run.device)
+    return run.agent.act(inputs, deterministic).cpu().numpy()
+
+
+def evaluate(policy, envs: list[gymnasium.Env], seeds) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (E,) and lengths (E,) of an episode in each environment; policy: (E, d) -> (E, a)."""
     observations = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
-    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs), dtype=int), list(range(len(envs)))
+    returns = np.zeros(len(envs))
+    lengths = np.zeros(len(envs), dtype=int)
+    running = list(range(len(envs)))
     while running:
         actions = policy(observations)
         for i in running.copy():
             observations[i], _, terminated, truncated, info = envs[i].step(actions[i])
             if terminated or truncated:
-                returns[i], lengths[i] = info["episode"]["r"], info["episode"]["l"]
+                returns[i] = info["episode"]["r"]
+                lengths[i] = info["episode"]["l"]
                 running.remove(i)
     return returns, lengths
 
 
-# ------------------------------ checkpoint (shared)
-def save_checkpoint(path: Path, state: SimpleNamespace, args: Args) -> None:
-    """Write to a temporary file, then rename: a crash or a full disk leaves the previous checkpoint whole."""
-    buffer, saved = state.buffer, {"script": Path(__file__).stem, "args": asdict(args)}
-    saved |= {x: getattr(state, x) for x in ("phase", "step", "evals", "train_scores", "data_sha256")}
-    for part in ("networks", "bonus_networks"):
-        saved[part] = {name: network.state_dict() for name, network in getattr(state, part).items()}
-    saved["optimizer"] = state.optimizer.state_dict()
-    saved["normalizer"] = {x: torch.as_tensor(getattr(buffer, x)) for x in ("mean", "std", "reward_scale")}
-    online = slice(buffer.offline_size, buffer.size)
-    saved["online_rows"] = {name: column[online].clone() for name, column in buffer.columns.items()}
-    saved["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    saved["rng"]["env"] = state.env.unwrapped.np_random.bit_generator.state
-    torch.save(saved, data := io.BytesIO())
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.writelines([data.getbuffer(), hashlib.sha256(data.getbuffer()).digest()])  # sealed
+def run_evaluation(run: "Run", args: Args) -> None:
+    """Evaluate, log, and rewrite evals.csv. Start states depend on phase and step alone."""
+    seeds = np.random.SeedSequence([run.phase == "online", run.step])
+    seeds = seeds.generate_state(args.eval_episodes)
+    if args.capture_video:
+        run.eval_envs[0].set_wrapper_attr("name_prefix", f"{run.phase}-step-{run.step}")
+
+    policy = functools.partial(act, run, deterministic=True)
+    returns, lengths = evaluate(policy, run.eval_envs, seeds)
+    if args.capture_video:
+        run.eval_envs[0].get_wrapper_attr("stop_recording")()
+    scores = normalized_score(args.env, returns)
+    for episode in range(args.eval_episodes):
+        numbers = (returns[episode].item(), lengths[episode].item(), scores[episode].item())
+        run.evals.append((run.phase, run.step, episode, *numbers))
+    with open(run.run_dir / "evals.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["phase", "step", "episode", "return", "length", "normalized_score"])
+        writer.writerows(run.evals)
+    step = run.total_step(args)
+    run.writer.add_scalar("eval/return", returns.mean(), step)
+    run.writer.add_scalar("eval/length", lengths.mean(), step)
+    run.writer.add_scalar("eval/normalized_score", scores.mean(), step)
+    with contextlib.suppress(OSError):
+        run.progress.set_postfix(score=f"{scores.mean():.1f}")
+
+
+# ------------------------------ run and checkpoint (shared)
+@dataclass
+class Run:
+    """All that a run works on; what the first block holds is saved in checkpoints."""
+
+    agent: nn.Module
+    bonus_agent: nn.Module  # whose critics stand behind the bonus
+    optimizer: Optimizer
+    scheduler: LRScheduler | None  # of learning rates
+    buffer: ReplayBuffer
+    env: gymnasium.Env  # of the online phase
+    phase: str = "offline"
+    step: int = 0  # within the phase
+    evals: list[tuple] = field(default_factory=list)  # rows of evals.csv
+    train_scores: list[float] = field(default_factory=list)  # of online episodes
+
+    device: torch.device | None = None
+    run_dir: Path | None = None
+    data_sha256: str | None = None
+    varying_dims: Tensor | None = None  # the dimensions of observations that ever change
+    eval_envs: list[gymnasium.Env] = field(default_factory=list)
+    writer: SummaryWriter | None = None
+    progress: tqdm | None = None
+    lock: filelock.BaseFileLock | None = None  # on run_dir; freed when the process ends
+    save_due: bool = False
+    received: list[str] = field(default_factory=list)  # names of signals that ask it to stop
+
+    def steps_of_phase(self, args: Args) -> int:
+        return args.offline_steps if self.phase == "offline" else args.online_steps
+
+    def total_step(self, args: Args) -> int:
+        """The step in TensorBoard. Online step 0 has one of its own, after the last offline one."""
+        if self.phase == "offline" or args.offline_steps == 0:
+            return self.step
+        return args.offline_steps + 1 + self.step
+
+
+def save_checkpoint(run: Run, args: Args) -> None:
+    """Write a sealed file beside the old one, then rename: a crash leaves the old one whole."""
+    buffer = run.buffer
+    checkpoint = {
+        "script": Path(__file__).stem,
+        "args": asdict(args),
+        "data_sha256": run.data_sha256,
+        "phase": run.phase,
+        "step": run.step,
+        "evals": run.evals,
+        "train_scores": run.train_scores,
+        "agent": run.agent.state_dict(),
+        "bonus_agent": run.bonus_agent.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict() if run.scheduler else None,
+        "normalizer": {"mean": torch.as_tensor(buffer.mean), "std": torch.as_tensor(buffer.std)},
+        "online_rows": buffer.table[buffer.offline_size : buffer.size].clone(),
+        "rng_cpu": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
+        "rng_env": run.env.unwrapped.np_random.bit_generator.state,
+    }
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    part = run.run_dir / "checkpoint.tmp"
+    with open(part, "wb") as file:
+        file.write(content.getbuffer())
+        file.write(hashlib.sha256(content.getbuffer()).digest())  # torch notices little damage
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    os.replace(part, run.run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(path: Path, state: SimpleNamespace) -> None:
-    """Put a checkpoint into a freshly made state. ValueError if that has other data."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["data_sha256"] != state.data_sha256:
-        raise ValueError(f"{path} comes from another data file: name that one with --dataset-path")
-    vars(state).update((x, checkpoint[x]) for x in ("phase", "step", "evals", "train_scores"))
-    for part in ("bonus_networks", "networks"):  # in this order: they may be the same
-        for name, network in getattr(state, part).items():
-            network.load_state_dict(checkpoint[part][name])
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
-    state.buffer.write(checkpoint["online_rows"])
-    state.env.unwrapped.np_random.bit_generator.state = checkpoint["rng"]["env"]
-    torch.set_rng_state(checkpoint["rng"]["cpu"])
-    torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+def read_checkpoint(path: Path) -> dict:
+    """What save_checkpoint wrote. ValueError unless it is whole and one of this script."""
+    content = path.read_bytes()
+    body, seal = content[:-32], content[-32:]
+    if hashlib.sha256(body).digest() != seal:
+        raise ValueError(f"--resume: {path} is damaged: start anew in another --run-dir")
+    try:
+        checkpoint = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        script, known_args = checkpoint["script"], set(checkpoint["args"])
+    except Exception:  # whatever unpickling may raise
+        raise ValueError(f"--resume: {path} is no checkpoint of this script") from None
+    if script != Path(__file__).stem or known_args != {field.name for field in fields(Args)}:
+        raise ValueError(
+            f"--resume: {path} is no checkpoint of this script in this version: it is {script}.py's"
+        )
+    return checkpoint
 
 
-# ------------------------------ main (shared)
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Defaults, then the preset of --env (or a resumed run's arguments), then the user's, all checked."""
-    first, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)  # a first look at --env
-    presets = [PRESETS[start] for start in sorted(PRESETS, key=len) if first.env.startswith(start)]
-    default = Args(env=first.env, **{name: value for preset in presets for name, value in preset.items()})
-    if first.resume:
-        try:
-            body = Path(first.run_dir, "checkpoint.pt").read_bytes()
-            whole = body if hashlib.sha256(body[:-32]).digest() == body[-32:] else b""  # else damaged
-            saved = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
-            default = {Path(__file__).stem: Args(**saved["args"])}[saved["script"]]
-        except Exception:  # no folder, no file, a broken one, or one of another script or version
-            raise ValueError(f"--resume: no checkpoint of this script, --run-dir {first.run_dir!r}") from None
+def restore(run: Run, checkpoint: dict) -> None:
+    """Put a checkpoint into a freshly made run. ValueError if that has other data."""
+    if checkpoint["data_sha256"] != run.data_sha256:
+        fix = "name its own with --dataset-path"
+        raise ValueError(f"--resume: the run in {run.run_dir} has another data file: {fix}")
+    run.phase = checkpoint["phase"]
+    run.step = checkpoint["step"]
+    run.evals = checkpoint["evals"]
+    run.train_scores = checkpoint["train_scores"]
+    run.bonus_agent.load_state_dict(checkpoint["bonus_agent"])
+    run.agent.load_state_dict(checkpoint["agent"])  # last: they may be the same
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    if run.scheduler:
+        run.scheduler.load_state_dict(checkpoint["scheduler"])
+    if len(checkpoint["online_rows"]):
+        run.buffer.append_rows(checkpoint["online_rows"])
+    run.env.unwrapped.np_random.bit_generator.state = checkpoint["rng_env"]
+    torch.set_rng_state(checkpoint["rng_cpu"])
+    if run.device.type == "cuda" and checkpoint["rng_cuda"] is not None:
+        torch.cuda.set_rng_state(checkpoint["rng_cuda"], run.device)
+
+
+# ------------------------------ logs (shared)
+def progress_bar(run: "Run", steps: int) -> tqdm:
+    """A bar with steps per second and time left, or none where the terminal has been closed."""
+    options = {"total": steps, "initial": run.step, "desc": run.phase, "unit": " steps"}
+    try:
+        run.progress = tqdm(**options, mininterval=1)
+    except OSError:
+        run.progress = tqdm(**options, disable=True)
+    return run.progress
+
+
+def say(text: str) -> None:
+    """Print a line; a closed terminal is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
+def check_finite(run: "Run", logs: dict[str, Tensor]) -> None:
+    """FloatingPointError if a number to log or a parameter is NaN or infinite."""
+    for name, value in (logs | run.agent.state_dict()).items():
+        if not torch.as_tensor(value).isfinite().all():
+            raise FloatingPointError(
+                f"{name} became NaN or infinite by {run.phase} step {run.step}: "
+                f"{run.run_dir} has the last good checkpoint"
+            )
+
+
+def log_episode(run: "Run", args: Args, episode_return: float) -> None:
+    """The score of an online episode, exploration included, and the regret so far."""
+    run.train_scores.append(float(normalized_score(args.env, episode_return)))
+    regret = 1 - np.mean(run.train_scores) / 100
+    run.writer.add_scalar("train/score", run.train_scores[-1], run.total_step(args))
+    run.writer.add_scalar("train/regret", regret, run.total_step(args))
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for module in (torch, gymnasium, mujoco, np, h5py):
+        found[module.__name__] = module.__version__
+    return found
+
+
+def start_logs(run: Run, args: Args, config: dict) -> None:
+    """config.json, Weights & Biases if wanted, and TensorBoard, with the arguments as a table."""
+    (run.run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if args.track:
+        track(run, args, config)
+    wait_for_next_second(run.run_dir)
+    resumed = run.step > 0
+    purge_step = run.total_step(args) + 1 if resumed else None
+    run.writer = SummaryWriter(run.run_dir, purge_step=purge_step)
+    if not resumed:
+        rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        run.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
+
+
+def wait_for_next_second(run_dir: Path) -> None:
+    """Files of events are read in the order of their names, and those begin with the second."""
+    seconds = [int(path.name.split(".")[3]) for path in run_dir.glob("events.out.tfevents.*")]
+    if seconds:
+        wait = max(seconds) + 1 - time.time()
+        time.sleep(min(max(wait, 0), 5))  # no longer, if the clock of another machine was ahead
+
+
+def track(run: Run, args: Args, config: dict) -> None:
+    """Send to Weights & Biases what TensorBoard gets; a resumed run continues its own curve."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--track needs Weights & Biases: pip install wandb") from None
+    id_file = run.run_dir / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    wandb.init(
+        project=args.wandb_project,
+        entity=args.wandb_entity,
+        name=run.run_dir.name,
+        id=id_file.read_text(),
+        resume="allow",
+        config=config["args"] | {"versions": config["versions"]},
+        dir=run.run_dir,
+        sync_tensorboard=True,
+    )
+
+
+# ------------------------------ setting up and main (shared)
+# What --resume lets change: these alter no result; the others none before the online phase.
+RESUME_MAY_CHANGE = {
+    "run_dir",
+    "resume",
+    "dataset_path",
+    "device",
+    "checkpoint_every",
+    "log_every",
+    "track",
+    "wandb_project",
+    "wandb_entity",
+    "capture_video",
+}
+OFFLINE_RESUME_MAY_CHANGE = {
+    "updates_per_step",
+    "sera_coef",
+    "sera_k",
+    "sera_bonus",
+    "sera_critic",
+    "sera_scale",
+}
+
+
+def parse_args(argv: list[str] | None = None, checkpoint: dict | None = None) -> Args:
+    """Defaults, the preset of --env (or a resumed run's arguments), then the user's."""
+    if checkpoint:
+        default = Args(**checkpoint["args"])
+    else:
+        first_look, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
+        default = Args(env=first_look.env)
+        for start in sorted(PRESETS, key=len):
+            if first_look.env.startswith(start):
+                vars(default).update(PRESETS[start])
     args = tyro.cli(Args, args=argv, default=default)
-    for field in fields(Args):
-        value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
-        if type(field.default) is int:  # 1e6 is fine, and becomes 1000000
-            least = 0 if field.name.endswith(("_steps", "seed")) else 1
-            if value < least or value % 1:
-                raise ValueError(f"{flag} is {value}: give a whole number of at least {least}")
-            setattr(args, field.name, int(value))
-        low, high = (0, 1) if field.name in ("gamma", "tau", "mixing_ratio") else (-1e300, 1e300)
-        if isinstance(value, float) and not low <= value <= high:
-            raise ValueError(f"{flag} is {value}: give a finite number from {low:g} to {high:g}")
-    if args.offline_steps + args.online_steps == 0:
-        raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
-    if args.sera_coef and args.sera_bonus != "constant" and args.sera_k >= args.batch_size:
-        raise ValueError(f"--sera-k is {args.sera_k}: give less than --batch-size {args.batch_size}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch finds no GPU here: use --device cpu or auto")
-    args.device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    if args.resume:  # sera_* changes no result before the online phase, more online steps change none at all
-        free = ("run_dir", "resume", "dataset_path", "device", "checkpoint_every")
-        free += ("sera",) * (saved["phase"] == "offline")
-        free += ("online_steps",) * (args.online_steps >= default.online_steps)
-        old, new = asdict(default), asdict(args)
-        changed = ", ".join(f"--{x} {y}" for x, y in old.items() if y != new[x] and not x.startswith(free))
-        if changed:
-            raise ValueError(f"--resume: this run has {changed.replace('_', '-')}: keep that, or start anew")
+    check_args(args)
+    if checkpoint:
+        check_resumed_args(args, checkpoint)
     return args
 
 
-def set_up(args: Args) -> SimpleNamespace:
-    """Run directory, data, networks, environments: all that bad input can make fail, before any training."""
-    task, script = find_task(args.env), Path(__file__).resolve()
-    run_dir = Path(args.run_dir or f"runs/{args.env}__{script.stem}__{args.seed}__{int(time.time())}")
-    if (run_dir / "config.json").exists() and not args.resume:
-        raise ValueError(f"--run-dir {run_dir} already holds a run: add --resume, or name another folder")
-    config, data = {"script": script.stem, "env_id": task.env_id.format(args.env), "args": asdict(args)}, None
-    if args.offline_steps or args.mixing_ratio:
-        data, path = load_d4rl(args.env, args.dataset_path), find_dataset(args.env, args.dataset_path)
-        config |= {"data_file": str(path), "data_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        if args.env.startswith("antmaze") and not (data["rewards"] > 0).any():
-            raise ValueError(f"{path} never reaches the goal (no reward > 0): give a file with successes")
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep large blocks, not hand them back to the
-        libc.mallopt(-3, 2**30)  # kernel, which clears them anew: a fourth of the time of CQL's updates
-        libc.mallopt(-1, 2**31 - 1)  # (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
+def check_args(args: Args) -> None:
+    """ValueError for values that would fail late, or silently do something else."""
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if type(value) is int:
+            least = 0 if name.endswith(("_steps", "seed", "_starts")) else 1
+            if value < least:
+                raise ValueError(f"{flag} is {value}: give a whole number of at least {least}")
+        elif name in ("gamma", "tau", "mixing_ratio") and not 0 <= value <= 1:
+            raise ValueError(f"{flag} is {value}: give a number from 0 to 1")
+        elif type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{flag} is {value}: give a finite number")
+    if args.offline_steps + args.online_steps == 0:
+        raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
+    needs_neighbours = args.sera_coef and args.sera_bonus != "constant"
+    if needs_neighbours and args.sera_k >= args.batch_size:
+        fix = f"give less than --batch-size {args.batch_size}"
+        raise ValueError(f"--sera-k is {args.sera_k}: {fix}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fix = "use --device cpu or auto"
+        raise ValueError(f"--device is cuda, but torch finds no GPU here: {fix}")
+
+
+def check_resumed_args(args: Args, checkpoint: dict) -> None:
+    """ValueError, naming them all, for arguments that would make it another run than it was."""
+    allowed = RESUME_MAY_CHANGE
+    if checkpoint["phase"] == "offline":
+        allowed = allowed | OFFLINE_RESUME_MAY_CHANGE
+    changed = []
+    for name, old in checkpoint["args"].items():
+        new = getattr(args, name)
+        more_steps = name == "online_steps" and new > old
+        if new != old and name not in allowed and not more_steps:
+            changed.append(f"--{name.replace('_', '-')} {old}")
+    if changed:
+        has = ", ".join(changed)
+        raise ValueError(f"--resume: this run has {has}: keep that, or start anew")
+
+
+def find_checkpoint(
+    argv: list[str] | None,
+) -> tuple[dict, filelock.BaseFileLock] | tuple[None, None]:
+    """With --resume, the checkpoint in --run-dir and the lock on that folder, if a run is there.
+
+    The lock comes first: a run that still lives there may be about to write a newer one.
+    """
+    args, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
+    if not args.resume:
+        return None, None
+    if args.run_dir is None:
+        raise ValueError("--resume needs --run-dir, the folder of the run to go on with")
+    path = Path(args.run_dir, "checkpoint.pt")
+    if not path.exists():
+        if Path(args.run_dir, "config.json").exists():
+            raise ValueError(f"--resume: there is no checkpoint {path}: name another --run-dir")
+        say(f"--resume: no run in {args.run_dir} yet, so one starts there")
+        return None, None
+    lock = lock_run_dir(Path(args.run_dir))
+    return read_checkpoint(path), lock
+
+
+def lock_run_dir(run_dir: Path) -> filelock.BaseFileLock:
+    """Keep all other runs out of a folder until this process ends. ValueError if one is in it."""
+    lock = filelock.FileLock(run_dir / "in_use_by_a_run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        fix = "wait for it, or name another folder"
+        raise ValueError(
+            f"--run-dir {run_dir} is in use by a run ({lock.lock_file}): {fix}"
+        ) from None
+    return lock
+
+
+def keep_large_blocks() -> None:
+    """Make glibc keep freed memory: what the kernel hands out anew, it clears, which takes time."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    libc.mallopt(mmap_threshold, 2**30)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def set_up(
+    args: Args, checkpoint: dict | None = None, lock: filelock.BaseFileLock | None = None
+) -> Run:
+    """Data, networks, environments, folder: all that bad input can make fail, before training."""
+    keep_large_blocks()
+    script = Path(__file__).stem
+    default_dir = f"runs/{args.env}__{script}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_dir or default_dir)
+    if (run_dir / "config.json").exists() and not checkpoint:
+        fix = "add --resume, or name another folder"
+        raise ValueError(f"--run-dir {run_dir} already holds a run: {fix}")
+    use_cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if use_cuda else "cpu")
+
+    data, data_file, data_sha256 = load_data(args)
     torch.manual_seed(args.seed)
-    state = SimpleNamespace(phase="offline", step=0, evals=[], train_scores=[], run_dir=run_dir, signals=[])
-    state.data_sha256 = config.get("data_sha256")
-    state.buffer, state.env = ReplayBuffer(data, args), make_env(args.env, args.physics)
-    state.networks, state.optimizer = make_networks(task.observation_dim, task.action_dim, args)
-    state.bonus_networks = state.networks if args.sera_critic == "current" else copy.deepcopy(state.networks)
-    if args.resume:
-        load_checkpoint(run_dir / "checkpoint.pt", state)
+    task, _ = find_task(args.env)
+    agent = Agent(task.observation_dim, task.action_dim, args).to(device)
+    optimizer, scheduler = make_optimizer(agent, args)
+    run = Run(
+        agent=agent,
+        bonus_agent=agent if args.sera_critic == "current" else copy.deepcopy(agent),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        buffer=ReplayBuffer(data, args, device),
+        env=make_env(args.env, args.physics),
+        device=device,
+        run_dir=run_dir,
+        data_sha256=data_sha256,
+    )
+    space = run.env.observation_space
+    run.varying_dims = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(device)
+    if checkpoint:
+        restore(run, checkpoint)
     run_dir.mkdir(parents=True, exist_ok=True)
-    state.lock = FileLock(run_dir / "in_use_by_a_run.lock").acquire(timeout=0)  # ends with this process
-    state.eval_envs = [make_env(args.env, args.physics) for _ in range(args.eval_episodes)]
-    config["versions"] = {x.__name__: x.__version__ for x in (torch, gymnasium, mujoco, np, h5py)}
-    save_checkpoint(run_dir / "checkpoint.pt", state, args)  # from here on --resume works
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(f"{args.env}: {state.buffer.offline_size:,} rows; {args.device}; {run_dir}")
-    return state
+    run.lock = lock or lock_run_dir(run_dir)
+    video_dirs = [None] * args.eval_episodes
+    if args.capture_video:
+        video_dirs[0] = run_dir / "videos"
+    run.eval_envs = [make_env(args.env, args.physics, video_dir) for video_dir in video_dirs]
+    save_checkpoint(run, args)  # from here on --resume finds one
+    config = {
+        "script": script,
+        "env_id": task.env_id,
+        "args": asdict(args),
+        "data_file": data_file,
+        "data_sha256": data_sha256,
+        "versions": versions(),
+    }
+    start_logs(run, args, config)
+    say(f"{args.env}: {run.buffer.offline_size:,} transitions; {device.type}; {run_dir}")
+    return run
 
 
-def train(args: Args, state: SimpleNamespace) -> None:
-    """The offline phase, the switch and the online phase, with evaluations, logs and checkpoints."""
-    networks, buffer, env, space = state.networks, state.buffer, state.env, state.env.observation_space
-    live = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(args.device)
+def load_data(args: Args) -> tuple[dict[str, np.ndarray] | None, str | None, str | None]:
+    """The dataset, its file and that file's SHA-256, if the run has any use for one."""
+    if args.offline_steps == 0 and args.mixing_ratio == 0:
+        return None, None, None
+    path = fetch_dataset(args.env, args.dataset_path)
+    data = load_d4rl(args.env, path)
+    if args.env.startswith("antmaze") and not (data["rewards"] > 0).any():
+        fix = "give a file with successes"
+        raise ValueError(f"{path} never reaches the goal (no reward > 0): {fix}")
+    with open(path, "rb") as file:
+        return data, str(path), hashlib.file_digest(file, "sha256").hexdigest()
 
-    def policy(observations: np.ndarray, deterministic: bool = True) -> np.ndarray:
-        with torch.no_grad():
-            inputs = torch.from_numpy(buffer.normalize(observations)).to(args.device)
-            return act(networks, inputs, deterministic).cpu().numpy()
 
-    def run_evaluation() -> None:  # its start states depend on phase and step alone, so runs share them
-        seeds = np.random.SeedSequence([phase == "online", state.step]).generate_state(args.eval_episodes)
-        returns, lengths = evaluate(policy, state.eval_envs, seeds)
-        scores = normalized_score(args.env, returns)
-        rows = zip(itertools.count(), returns.tolist(), lengths.tolist(), scores.tolist())
-        state.evals += [(state.phase, state.step, *row) for row in rows]
-        table = [("phase", "step", "episode", "return", "length", "normalized_score"), *state.evals]
-        (state.run_dir / "evals.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
-        for name, values in (("return", returns), ("length", lengths), ("normalized_score", scores)):
-            writer.add_scalar(f"eval/{name}", values.mean(), before + state.step)
-        progress.set_postfix(score=f"{scores.mean():.1f}")
+def stop_on_signals(run: Run) -> None:
+    """Ctrl-C, SIGTERM and SIGHUP ask for a checkpoint at the end of the episode, then an end."""
 
-    before = args.offline_steps if state.phase == "online" else 0
-    writer = SummaryWriter(state.run_dir, purge_step=before + state.step + 1 if args.resume else None)
-    names = ("observations", "actions", "rewards", "next_observations", "terminals", "dones")
-    pending, done, due = [], True, False  # transitions of the episode that are not in the buffer yet
-    for phase, steps in (("offline", args.offline_steps), ("online", args.online_steps)):
-        if phase == "online" and state.phase == "offline":  # the switch: networks and optimisers simply go on
-            state.phase, state.step, before = "online", 0, args.offline_steps
-            if args.sera_critic == "offline":
-                state.bonus_networks.load_state_dict(networks.state_dict())
-        if state.phase != phase or state.step >= steps:
-            continue
-        with tqdm(total=steps, initial=state.step, desc=phase, unit=" steps", mininterval=1) as progress:
-            if phase == "online" and state.step == 0:
-                run_evaluation()
-            while state.step < steps:
-                state.step += 1
-                if phase == "online":
-                    if done:  # after the first reset the environment's own generator draws the start states
-                        observation, _ = env.reset(seed=args.seed if state.step == 1 else None)
-                    action = policy(observation[None], deterministic=False)[0]
-                    next_observation, reward, terminated, truncated, info = env.step(action)
-                    done = terminated or truncated
-                    if done:  # exploration included, so neither is an evaluation
-                        state.train_scores.append(float(normalized_score(args.env, info["episode"]["r"])))
-                        regret = 1 - np.mean(state.train_scores) / 100
-                        writer.add_scalar("train/score", state.train_scores[-1], before + state.step)
-                        writer.add_scalar("train/regret", regret, before + state.step)
-                    pending.append((observation, action, reward, next_observation, terminated, done))
-                    observation = next_observation
-                    if done or not episode_columns:
-                        buffer.append({name: np.array(column) for name, column in zip(names, zip(*pending))})
-                        pending = []
+    def remember(number, frame):
+        run.received.append(signal.Signals(number).name)
 
-                online_rows = args.batch_size - round(args.batch_size * args.mixing_ratio)
-                enough = buffer.size - buffer.offline_size >= online_rows
-                if phase == "offline" or (args.mixing_ratio and not enough):
-                    online_rows, enough = 0, True
-                logs = {}
-                if enough:
-                    batch = buffer.sample(args.batch_size - online_rows, online_rows)
-                    if phase == "online" and args.sera_coef:
-                        bonus, logs = sera_bonus(state.bonus_networks, batch, live, args)
-                        batch["rewards"] = batch["rewards"] + bonus  # a copy: the buffer keeps its own
-                    logs |= update(state, batch, args)
-
-                progress.update()
-                due = due or state.signals or state.step % args.checkpoint_every == 0
-                saving = state.step == steps or (due and done)  # between episodes: resumes exactly
-                if saving or state.step % 500 == 0:  # only now do the numbers leave the device
-                    for name, value in (logs | networks.state_dict()).items():
-                        if not torch.as_tensor(value).isfinite().all():
-                            where = f"{phase} step {state.step}: {state.run_dir} has the last good checkpoint"
-                            raise FloatingPointError(f"{name} became NaN or infinite by {where}")
-                        if name in logs:
-                            writer.add_scalar(name, float(value), before + state.step)
-                if state.step == steps or state.step % args.eval_every == 0:
-                    run_evaluation()
-                if saving:
-                    save_checkpoint(state.run_dir / "checkpoint.pt", state, args)
-                    writer.flush()
-                    due = False
-                    if state.signals:
-                        sys.exit(f"{state.signals[0].name}: go on with --run-dir {state.run_dir} --resume")
-    writer.close()
-    print(f"final score {np.mean([row[-1] for row in state.evals[-args.eval_episodes :]]):.1f}")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # not every system has all of them
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, remember)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script. Bad input ends in one sentence on stderr and exit code 2."""
-    expected = (ValueError, OSError, gymnasium.error.Error)
     try:
-        args = parse_args(argv)
-        state = set_up(args)
-        expected = (OSError, FloatingPointError)  # in training any other is a mistake: show where
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if argv is None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, lambda number, _: state.signals.append(signal.Signals(number)))
-        train(args, state)
-    except expected as error:
+        checkpoint, lock = find_checkpoint(argv)
+        args = parse_args(argv, checkpoint)
+        run = set_up(args, checkpoint, lock)
+    except (ValueError, OSError, gymnasium.error.Error) as error:
+        fail(error)
+    if argv is None:  # a program of its own; else signals belong to the caller
+        stop_on_signals(run)
+    try:
+        train(run, args)
+    except (OSError, FloatingPointError) as error:  # full disk, NaN; all else is a bug: show where
+        fail(error)
+
+
+def fail(error: Exception) -> None:
+    """One line on stderr, below the bar if there is one, and exit code 2."""
+    with contextlib.suppress(OSError):
         tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
