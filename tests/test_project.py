@@ -105,13 +105,3 @@ def test_links():
     for page in pages:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), (page, link)
-
-
-def test_tables_of_results():
-    """The tables in docs/results/README.md are those of benchmark/table.py, row by row."""
-    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmark" / "table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    page = (ROOT / "docs" / "results" / "README.md").read_text()
-    folders = [path for path in (ROOT / "docs" / "results").iterdir() if path.is_dir()]
-    assert len(folders) > 3 and all(module.table(folder) in page for folder in folders)

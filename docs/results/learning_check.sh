@@ -3,7 +3,7 @@
 #
 #     DATA=folder JOBS=2 docs/results/learning_check.sh runs/check
 #
-# DATA holds hopper.hdf5, walker2d.hdf5 and halfcheetah.hdf5, the medium-v2 data sets; without DATA the scripts look
+# DATA holds hopper.hdf5, walker2d.hdf5 and halfcheetah.hdf5, the medium-v2 datasets; without DATA the scripts look
 # for D4RL's own files as always. A run that has ended is skipped; one that was cut short starts anew.
 set -euo pipefail
 out=${1:?name a folder for the runs}

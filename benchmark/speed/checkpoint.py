@@ -1,28 +1,41 @@
-"""What a checkpoint costs: seconds to write one with its online rows, and the share of a run that this is.
+"""What a checkpoint costs: seconds to write one with its online rows, and their share of a run.
 
-    python benchmark/checkpoint.py [--env ant-medium-v2] [SCRIPT ...]
+    python benchmark/speed/checkpoint.py [--env ant-medium-v2] [SCRIPT ...]
 
-The buffer is filled with 250,000 online rows, the most that a run by the defaults has; the interval is the
-default --checkpoint-every. Updates are those of the offline phase, the faster ones.
+The buffer is filled with 250,000 online rows, the most that a run by the defaults has; the interval
+is the default --checkpoint-every. Updates are those of the offline phase, the faster ones.
 """
 
-import argparse
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*_sera.py"))
+SCRIPTS = tuple(sorted(path.stem for path in ROOT.glob("*_sera.py")))
+
+
+@dataclass
+class Args:
+    """Measure what a checkpoint costs."""
+
+    scripts: tyro.conf.Positional[tuple[str, ...]] = SCRIPTS
+    """which scripts"""
+    env: str = "ant-medium-v2"
+    """dataset id, whose dimensions count"""
+    folder: Path | None = None
+    """where the checkpoints are written; by default a temporary one"""
 
 
 def measure(name: str, env: str, folder: str, repeats: int = 5) -> dict[str, float]:
-    """Seconds of a checkpoint (median), its size in MB, updates per second, and the share of run time."""
+    """Seconds of a checkpoint (median), size in MB, updates per second, share of run time."""
     script = __import__(name)
     args = script.Args(env=env, device="cpu", offline_steps=0, online_steps=250_000)
     task, rng = script.find_task(env), np.random.default_rng(0)
@@ -59,16 +72,19 @@ def measure(name: str, env: str, folder: str, repeats: int = 5) -> dict[str, flo
     return {"seconds": seconds, "MB": size, "updates/s": rate, "share of run time, %": share}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("scripts", nargs="*", default=SCRIPTS)
-    parser.add_argument("--env", default="ant-medium-v2")
-    parser.add_argument("--folder", help="where the checkpoints are written; by default a temporary one")
-    given = parser.parse_args()
+def main(args: Args) -> int:
+    unknown = [name for name in args.scripts if name not in SCRIPTS]
+    if unknown:
+        print(f"error: there is no script {unknown[0]}.py", file=sys.stderr)
+        return 2
     torch.manual_seed(0)
-    for name in given.scripts:
-        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            figures = measure(name, given.env, folder)
-        print(f"{name:12}", "  ".join(f"{key} {value:.3g}" for key, value in figures.items()), flush=True)
+    for name in args.scripts:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            figures = measure(name, args.env, folder)
+        text = "  ".join(f"{key} {value:.3g}" for key, value in figures.items())
+        print(f"{name:12}", text, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))

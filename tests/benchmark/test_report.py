@@ -1,4 +1,4 @@
-"""benchmark/report.py: every statistic against hand-worked numbers, on a made-up study of eight runs."""
+"""studies/report.py: every statistic against hand-worked numbers, on a made-up study."""
 
 import importlib
 import re
@@ -11,7 +11,7 @@ from scipy.stats import mannwhitneyu
 
 pd = pytest.importorskip("pandas", reason="pandas is in benchmark/requirements.txt only")
 pytest.importorskip("matplotlib", reason="matplotlib is in benchmark/requirements.txt only")
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.insert(0, str(ROOT / "benchmark" / "studies"))
 report = importlib.import_module("report")
 
 GRID = """\
@@ -49,7 +49,9 @@ def write_study(folder):
             for (phase, step), score in zip(STEPS, (5, *scores))
             for episode in (0, 1)
         ]
-        (folder / "runs" / f"a_sera__{env}__{variant}__{seed}.csv").write_text(HEADER + "".join(rows))
+        (folder / "runs" / f"a_sera__{env}__{variant}__{seed}.csv").write_text(
+            HEADER + "".join(rows)
+        )
     return folder
 
 
@@ -74,28 +76,29 @@ def table(study, name="table.md"):
 
 
 def test_scores(reported):
-    """Means and standard deviations over seeds: deviation = |difference| / sqrt 2 for two of them."""
+    """Means and standard deviations over seeds; of two, that is |difference| / sqrt 2."""
     text = (reported / "table.md").read_text()
-    assert "| script | env | variant | n | final | offline | dip | area | final, every seed |" in text
+    header = "| script | env | variant | n | final | offline | dip | area | final, every seed |"
+    for line in (header, "| plain | `--sera-coef 0` |", "All 8 runs are finished."):
+        assert f"{line}\n" in text
     for row in (
         # areas: (10 * 34 + 20 * 40) / 30 = 38 and (10 * 40 + 20 * 50) / 30 = 46.67
-        "| a_sera | e1 | plain | 2 | 55.0 ± 7.1 | 42.0 ± 2.8 | 7.0 ± 4.2 | 42.3 ± 6.1 | 50.0 / 60.0 |",
+        "e1 | plain | 2 | 55.0 ± 7.1 | 42.0 ± 2.8 | 7.0 ± 4.2 | 42.3 ± 6.1 | 50.0 / 60.0",
         # dips: 40 - 42 and 44 - 20; areas: (585 + 1450) / 30 = 67.83 and (320 + 1000) / 30 = 44
-        "| a_sera | e1 | sera | 2 | 75.0 ± 7.1 | 42.0 ± 2.8 | 11.0 ± 18.4 | 55.9 ± 16.9 | 70.0 / 80.0 |",
-        "| a_sera | e2 | plain | 2 | 15.0 ± 7.1 | 15.0 ± 7.1 | 0.0 ± 0.0 | 15.0 ± 7.1 | 10.0 / 20.0 |",
+        "e1 | sera | 2 | 75.0 ± 7.1 | 42.0 ± 2.8 | 11.0 ± 18.4 | 55.9 ± 16.9 | 70.0 / 80.0",
+        "e2 | plain | 2 | 15.0 ± 7.1 | 15.0 ± 7.1 | 0.0 ± 0.0 | 15.0 ± 7.1 | 10.0 / 20.0",
         # areas: (100 + 300) / 30 = 13.33 and (200 + 250) / 30 = 15
-        "| a_sera | e2 | sera | 2 | 12.5 ± 10.6 | 15.0 ± 7.1 | 7.5 ± 10.6 | 14.2 ± 1.2 | 20.0 / 5.0 |",
-        "| plain | `--sera-coef 0` |",
-        "All 8 runs are finished.",
+        "e2 | sera | 2 | 12.5 ± 10.6 | 15.0 ± 7.1 | 7.5 ± 10.6 | 14.2 ± 1.2 | 20.0 / 5.0",
     ):
-        assert row + "\n" in text
+        assert f"| a_sera | {row} |\n" in text
 
 
 def test_comparison(reported):
     """IQM, probability of improvement, their intervals, paired differences.
 
-    Of two runs a resample has the lower one twice, or the higher one twice, with chance 1/4 each, so that the
-    limits are the extremes that any resample reaches, as long as these have a chance above 2.5 %.
+    Of two runs a resample has the lower one twice, or the higher one twice, with chance 1/4 each,
+    so that the limits are the extremes that any resample reaches, as long as these have a chance
+    above 2.5 %.
     """
     text = (reported / "table.md").read_text()
     for row in (
@@ -129,15 +132,18 @@ def test_iqm():
 
 
 def test_improvement():
-    """Mann and Whitney's U of each task over the number of its pairs, averaged over tasks of any size."""
-    x, y = [np.array([3.0, 5, 5, 8]), np.array([1.0, 2])], [np.array([5.0, 4, 9]), np.array([2.0, 2, 0])]
+    """Mann and Whitney's U of each task over the number of its pairs, averaged over tasks."""
+    x, y = (
+        [np.array([3.0, 5, 5, 8]), np.array([1.0, 2])],
+        [np.array([5.0, 4, 9]), np.array([2.0, 2, 0])],
+    )
     expected = np.mean([mannwhitneyu(a, b).statistic / len(a) / len(b) for a, b in zip(x, y)])
     np.testing.assert_allclose(report.improvement(*x, *y), expected)
     np.testing.assert_allclose(expected, (5 / 12 + 3 / 6) / 2)
 
 
 def test_interval():
-    """Resamples keep the number of runs of each task; a known interval of a mean; NaN from one run."""
+    """Resamples keep the number of runs of each task; a known interval; NaN from one run."""
     assert tuple(report.interval([np.zeros(3), np.full(3, 100.0)], report.iqm)) == (50, 50)
     values = np.random.default_rng(0).normal(size=400)
     half = 1.96 * values.std() / 20
@@ -147,7 +153,7 @@ def test_interval():
 
 
 def test_same_bytes(reported):
-    """A second time, over the folder of studies: the same bytes. One newline ends it, no date in the PNG."""
+    """The same bytes a second time. One newline ends the table, no date is in the PNG."""
     paths = reported / "table.md", reported / "curves.png"
     text, image = (path.read_bytes() for path in paths)
     for path in paths:
@@ -190,7 +196,7 @@ def test_no_offline_phase(study):
 
 
 def test_draw():
-    """The thick line is the mean of the finished seeds, the band its interval; others are dotted."""
+    """The thick line is the mean of the finished seeds, the band its interval; others dotted."""
     lines = [
         (1, 0, "finished", 2.0),
         (1, 1, "finished", 4.0),
@@ -199,7 +205,7 @@ def test_draw():
     ]
     frame = pd.DataFrame([*lines, (3, 0, "missing", 90.0)], columns=["seed", "x", "state", "score"])
     axis = report.Figure().subplots()
-    report.draw(axis, report.LOOKS[0], frame, "score")
+    report.draw(axis, report.line_looks(["plain"])["plain"], frame, "score")
     *seeds, mean = axis.lines
     assert [line.get_linestyle() for line in seeds] == ["-", "-", ":"]
     assert [list(line.get_ydata()) for line in seeds] == [[2, 4], [6, 10], [90]]
@@ -209,17 +215,22 @@ def test_draw():
 
 
 def test_learning_curves(study, monkeypatch):
-    """Offline evaluations lie left of the switch, the last at 0; online ones at 0 and right of it."""
+    """Offline evaluations lie left of the switch, the last at 0; online ones from 0 on."""
     seen = {}
 
     def draw(axis, look, lines, value):
         first = lines[lines["seed"] == 1]
-        seen[(axis.get_subplotspec().num1, look["color"], first["phase"].iloc[0])] = list(first["x"]), axis
+        seen[(axis.get_subplotspec().num1, look["color"], first["phase"].iloc[0])] = (
+            list(first["x"]),
+            axis,
+        )
 
     monkeypatch.setattr(report, "draw", draw)
     table(study)
     assert len(seen) == 2 * 2 * 2
-    assert all(x == ([-0.25, 0] if key[2] == "offline" else [0, 1 / 3, 1]) for key, (x, _) in seen.items())
+    assert all(
+        x == ([-0.25, 0] if key[2] == "offline" else [0, 1 / 3, 1]) for key, (x, _) in seen.items()
+    )
     axis = next(iter(seen.values()))[1]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "-20", "15", "30"]
     assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == ["plain", "sera"]
@@ -242,14 +253,18 @@ def test_coverage(study):
 
 
 def test_value_bias(study):
-    """bias.csv becomes a section of the table, less runs that are not there; a variant may be a table."""
+    """bias.csv becomes a section of the table; a variant may be a table."""
     rows = ["plain,1,12.0,4.0,8.0", "plain,2,10.0,4.0,6.0", "sera,1,100.0,4.0,96.0"]
     lines = [f"a_sera,e1,{row}\n" for row in rows]
     (study / "bias.csv").write_text(",".join(report.BIAS) + "\n" + "".join(lines))
-    (study / "grid.toml").write_text(GRID.replace('sera = ""', 'sera = { options = "--x", critics = "few" }'))
+    (study / "grid.toml").write_text(
+        GRID.replace('sera = ""', 'sera = { options = "--x", critics = "few" }')
+    )
     text = table(study)
     section = text.split("## Value bias")[1]
-    assert "| a_sera | e1 | plain | 2 | 11.0 ± 1.4 | 4.0 ± 0.0 | 7.0 ± 1.4 | 8.0 / 6.0 |\n" in section
+    assert (
+        "| a_sera | e1 | plain | 2 | 11.0 ± 1.4 | 4.0 ± 0.0 | 7.0 ± 1.4 | 8.0 / 6.0 |\n" in section
+    )
     assert "`a_sera__e1__sera__2`" in section and "| sera | `--x (critics: few)` |" in text
     (study / "bias.csv").write_text(",".join(report.BIAS) + "\na_sera,e9,plain,1,1,1,0\n")
     assert report.main([str(study)]) == 2
@@ -261,14 +276,31 @@ BAD = {
     "not TOML": ("grid.toml", "title = ", "grid.toml: "),
     "no seeds": ("grid.toml", GRID.replace("seeds = [1, 2]\n", ""), "grid.toml: seeds is missing"),
     "a seed twice": ("grid.toml", GRID.replace("[1, 2]", "[1, 1]"), "grid.toml: seeds is missing"),
-    "unknown baseline": ("grid.toml", GRID.replace('baseline = "plain"', 'baseline = "x"'), "baseline 'x'"),
-    "other columns": (RUN, "phase,step,score\nonline,0,1\n", f"{RUN}: the columns are phase,step,score, not"),
+    "variant without critics": (
+        "grid.toml",
+        GRID.replace('sera = ""', 'sera = { options = "" }'),
+        "the variant sera has no options, or no critics",
+    ),
+    "unknown baseline": (
+        "grid.toml",
+        GRID.replace('baseline = "plain"', 'baseline = "x"'),
+        "baseline 'x'",
+    ),
+    "other columns": (
+        RUN,
+        "phase,step,score\nonline,0,1\n",
+        f"{RUN}: the columns are phase,step,score, not",
+    ),
     "empty": (RUN, "", f"{RUN}: No columns"),
     "no rows": (RUN, HEADER, f"{RUN}: no rows"),
     "ragged": (RUN, HEADER + "online,0,0,1,9,1\nonline,0,0,1,9,1,7\n", RUN),
     "no number": (RUN, HEADER + "online,0,0,1,9,nan\n", f"{RUN}: no rows, or a number"),
     "unknown phase": (RUN, HEADER + "on,0,0,1,9,1\n", f"{RUN}: an unknown phase"),
-    "cut off": (RUN, HEADER + "online,0,0,1,9,1\nonline,0,1,1,9,1\nonline,5,0,1,9,1\n", f"{RUN}: an unknown"),
+    "cut off": (
+        RUN,
+        HEADER + "online,0,0,1,9,1\nonline,0,1,1,9,1\nonline,5,0,1,9,1\n",
+        f"{RUN}: an unknown",
+    ),
     "not of the grid": ("runs/a_sera__e1__plain__3.csv", HEADER, "__3.csv: grid.toml has no such"),
     "coverage columns": ("coverage.csv", HEADER, "coverage.csv: the columns are phase,"),
     "coverage of others": (
@@ -289,4 +321,38 @@ def test_bad_input(case, study, capsys):
         (study / name).write_text(text)
     assert report.main([str(study)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"report.py: {study}") and error.count("\n") == 1 and message in error
+    assert error.startswith(f"error: {study}") and error.count("\n") == 1 and message in error
+
+
+def test_no_raw_evaluations(study, capsys):
+    """Such a study is named and left alone, beside one that is rebuilt; alone it is an error."""
+    bare = study.parent / "bare"
+    bare.mkdir()
+    (bare / "grid.toml").write_text(GRID)
+    (bare / "table.md").write_text("as it was\n")
+    assert report.main([str(study.parent)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "bare: no raw evaluations, table.md left as it is",
+        str(study / "table.md"),
+    ]
+    (bare / "runs").mkdir()  # an empty folder makes no difference
+    assert report.main([str(bare)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: {bare}: no study here has raw evaluations (runs/*.csv)\n"
+    assert (bare / "table.md").read_text() == "as it was\n"
+    assert sorted(path.name for path in bare.iterdir()) == ["grid.toml", "runs", "table.md"]
+
+
+def test_coverage_without_raw_evaluations(study, capsys):
+    """coverage.md comes from coverage.csv alone, so it is rebuilt all the same."""
+    (study / "coverage.csv").write_text(
+        ",".join(report.COVERAGE) + "\na_sera,e1,plain,1,10,1.0,2.0\n"
+    )
+    first = table(study, "coverage.md")
+    for path in [*(study / "runs").iterdir(), study / "coverage.md", study / "table.md"]:
+        path.unlink()
+    assert report.main([str(study)]) == 2
+    assert str(study / "coverage.md") in capsys.readouterr().out
+    assert (study / "coverage.md").read_text() == first
+    assert not (study / "table.md").exists()

@@ -1,4 +1,4 @@
-"""The tools in benchmark/: small runs, and that what they compare with is what they say."""
+"""speed/speed.py: small runs, and that what it compares with is what it says."""
 
 import importlib
 import json
@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.insert(0, str(ROOT / "benchmark" / "speed"))
 import speed
 
 
@@ -28,11 +28,17 @@ def as_before(monkeypatch):
 def test_speed(script, tmp_path, capsys):
     """Every phase of a script gets a line in the table and in the file, with a positive speed."""
     name, output = script.__name__, tmp_path / "speed.jsonl"
-    speed.main(speed.Args((name,), (5, 2), 0.01, 1, compile=False, knn=False, threads=1, output=output))
+    speed.main(
+        speed.Args((name,), (5, 2), 0.01, 1, compile=False, knn=False, threads=1, output=output)
+    )
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     kinds = {(line["phase"], line["coefficient"]) for line in lines if "phase" in line}
     assert kinds == {("offline update", "-"), ("online update", 0), ("online update", 1)}
-    assert all(line["script"] == name and line["updates_per_second"] > 0 for line in lines if "phase" in line)
+    assert all(
+        line["script"] == name and line["updates_per_second"] > 0
+        for line in lines
+        if "phase" in line
+    )
     assert lines[0]["gflop"] > 0 and 0 < lines[0]["peak_fraction"] < 1.5
     assert capsys.readouterr().out.count(f"| {name} |") >= 3
 
@@ -41,7 +47,12 @@ def test_online_steps(script, tmp_path):
     """The script's own online phase, timed with an environment that costs nothing."""
     args = speed.Args((script.__name__,), threads=1)
     speed.write_data(tmp_path / "data.hdf5", args.shape)
-    assert speed.online_steps(speed.load(script.__name__, args.shape), args, str(tmp_path), 1, True, 20) > 0
+    assert (
+        speed.online_steps(
+            speed.load(script.__name__, args.shape), args, str(tmp_path), 1, True, 20
+        )
+        > 0
+    )
 
 
 def test_plain_bonus(script):

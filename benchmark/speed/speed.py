@@ -1,14 +1,14 @@
-"""How fast the scripts are: updates and steps per second, share of the machine's peak, cost of the bonus.
+"""How fast the scripts are: updates and steps per second, share of the peak, cost of the bonus.
 
-    python benchmark/speed.py                                    # all scripts, ten minutes on 2 CPU cores
-    python benchmark/speed.py --peers peers/bin/python           # d3rlpy beside them, see benchmark/peers.py
-    python benchmark/speed.py --profile                          # what part of an update is matrix products
-    python benchmark/speed.py --techniques --rounds 3            # what each trick buys, by undoing it
-    python benchmark/speed.py --shape 376 17 --scripts iql_sera  # other dimensions
+    python benchmark/speed/speed.py                           # all scripts, ten minutes on 2 cores
+    python benchmark/speed/speed.py --peers peers/bin/python  # d3rlpy beside them, see peers.py
+    python benchmark/speed/speed.py --profile                 # what part is matrix products
+    python benchmark/speed/speed.py --techniques --rounds 3   # what each trick buys, by undoing it
+    python benchmark/speed/speed.py --shape 376 17 --scripts iql_sera  # other dimensions
 
-Everything that is compared is measured in turns, a second each, and reported as the median over the rounds:
-other jobs on the machine then slow all of it alike, and ratios hold. Prints Markdown tables; with --output
-also writes a JSON line for each number.
+Everything that is compared is measured in turns, a second each, and reported as the median over the
+rounds: other jobs on the machine then slow all of it alike, and ratios hold. Prints Markdown
+tables; with --output also writes a JSON line for each number.
 """
 
 import contextlib
@@ -37,10 +37,11 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
 sys.path.insert(0, str(ROOT))  # the scripts
 SCRIPTS = ("cql_sera", "calql_sera", "sac_sera", "iql_sera", "td3bc_sera", "awac_sera")
-ROWS = 100_000  # of the made-up data set
+ROWS = 100_000  # of the made-up dataset
 
 
 @dataclass
@@ -62,9 +63,9 @@ class Args:
     profile: bool = False
     """instead measure how much of an update is spent in matrix products"""
     techniques: bool = False
-    """instead measure each technique of benchmark/techniques.toml by undoing it"""
+    """instead measure each technique of techniques.toml by undoing it"""
     restarts: int = 5
-    """with --techniques: how often both sides start anew, to take their turns from another place in memory"""
+    """with --techniques: how often both sides start anew, from another place in memory"""
     peers: str | None = None
     """Python of an environment with d3rlpy, to measure beside the scripts"""
     threads: int = 2
@@ -93,7 +94,7 @@ class NullEnv(gymnasium.Env):
 
 # ------------------------------ what is measured
 def write_data(path: Path, shape: tuple[int, int]) -> None:
-    """A data set of noise in D4RL's format."""
+    """A dataset of noise in D4RL's format."""
     rng = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
         file["observations"] = rng.normal(size=(ROWS, shape[0])).astype(np.float32)
@@ -111,24 +112,29 @@ def load(name: str, shape: tuple[int, int], text: str | None = None) -> ModuleTy
         module.__file__ = str(ROOT / f"{name}.py")
         sys.modules[name] = module  # where its dataclass looks itself up
         exec(compile(text, module.__file__, "exec"), module.__dict__)
-    module.TASKS["hopper"] = module.TASKS["hopper"]._replace(observation_dim=shape[0], action_dim=shape[1])
+    module.TASKS["hopper"] = module.TASKS["hopper"]._replace(
+        observation_dim=shape[0], action_dim=shape[1]
+    )
     if shape != (11, 3):
         module.make_env = lambda *_, **__: NullEnv(*shape)
     return module
 
 
-def set_up(script: ModuleType, args: Args, folder: str, *options: str) -> tuple[SimpleNamespace, object]:
+def set_up(
+    script: ModuleType, args: Args, folder: str, *options: str
+) -> tuple[SimpleNamespace, object]:
     """A run as the script sets it up, on made-up data."""
     run_dir = tempfile.mkdtemp(dir=folder)
-    common = (
-        f"--env hopper-medium-v2 --dataset-path {folder}/data.hdf5 --device {args.device} --run-dir {run_dir}"
-    )
+    common = f"--env hopper-medium-v2 --dataset-path {folder}/data.hdf5"
+    common += f" --device {args.device} --run-dir {run_dir}"
     script_args = script.parse_args([*common.split(), *options])
     with contextlib.redirect_stdout(io.StringIO()):
         return script.set_up(script_args), script_args
 
 
-def offline_update(script: ModuleType, args: Args, folder: str, update: Callable) -> Callable[[], dict]:
+def offline_update(
+    script: ModuleType, args: Args, folder: str, update: Callable
+) -> Callable[[], dict]:
     """A function that does one offline update: a batch and the losses on it."""
     state, script_args = set_up(script, args, folder)
 
@@ -139,7 +145,9 @@ def offline_update(script: ModuleType, args: Args, folder: str, update: Callable
     return run
 
 
-def online_update(script: ModuleType, args: Args, folder: str, coefficient: int) -> Callable[[], dict]:
+def online_update(
+    script: ModuleType, args: Args, folder: str, coefficient: int
+) -> Callable[[], dict]:
     """The same online, half of the rows online ones, with the bonus if the coefficient is 1."""
     state, script_args = set_up(script, args, folder, "--sera-coef", str(coefficient))
     rows = script.load_d4rl("hopper-medium-v2", f"{folder}/data.hdf5")
@@ -161,7 +169,7 @@ def online_update(script: ModuleType, args: Args, folder: str, coefficient: int)
 def online_steps(
     script: ModuleType, args: Args, folder: str, coefficient: int, null: bool, steps: int
 ) -> float:
-    """Environment steps per second of the script's own online phase, without evaluations and checkpoints."""
+    """Steps per second of the script's own online phase, without evaluations and checkpoints."""
     times, update, make_env, evaluate = [], script.update, script.make_env, script.evaluate
 
     def timed(*inputs):
@@ -173,7 +181,9 @@ def online_steps(
     if null:
         script.make_env = lambda *_, **__: NullEnv(*args.shape)
     try:
-        options = f"--offline-steps 1 --online-steps {steps} --eval-episodes 1 --sera-coef {coefficient}"
+        options = (
+            f"--offline-steps 1 --online-steps {steps} --eval-episodes 1 --sera-coef {coefficient}"
+        )
         state, script_args = set_up(script, args, folder, *options.split())
         script.evaluate = lambda policy, envs, seeds: (np.zeros(1), np.zeros(1, dtype=int))
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -230,7 +240,7 @@ def rate(run: Callable[[], dict], seconds: float, args: Args) -> float:
 
 
 def in_turns(turns: dict[str, Callable[[float], float]], args: Args) -> dict[str, list[float]]:
-    """Each turn's rates, one a round; every second round goes backwards, so that no place is the better."""
+    """Each turn's rates, one a round; every second round backwards: no place is the better."""
     rates = {name: [] for name in turns}
     for number in range(args.rounds):
         for name in list(turns)[:: -1 if number % 2 else 1]:
@@ -242,7 +252,7 @@ class Peers:
     """d3rlpy in a process of its own."""
 
     def __init__(self, args: Args):
-        command = [args.peers, str(ROOT / "benchmark" / "peers.py"), *map(str, args.shape), str(args.threads)]
+        command = [args.peers, str(FOLDER / "peers.py"), *map(str, args.shape), str(args.threads)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([*command, args.device], stdin=pipe, stdout=pipe, text=True)
 
@@ -251,7 +261,7 @@ class Peers:
         for line in self.process.stdout:
             if line.startswith("updates per second:"):
                 return float(line.split(":")[1])
-        raise RuntimeError("benchmark/peers.py ended: does its environment have d3rlpy?")
+        raise RuntimeError("peers.py ended: does its environment have d3rlpy?")
 
 
 def resident(name: str) -> float:
@@ -261,7 +271,7 @@ def resident(name: str) -> float:
 
 
 def measure_bonus(kind: str, batch_size: int, dimension: int, args: Args) -> tuple[float, float]:
-    """Milliseconds and peak MiB of one estimate: in a process of its own, whose peak memory is its own."""
+    """Milliseconds and peak MiB of one estimate, in a process of its own."""
     torch.set_num_threads(args.threads)
     script = importlib.import_module(SCRIPTS[0])  # the estimator is the same in all
     bonus_alone(script, kind, 64, dimension, args.device)()
@@ -278,18 +288,33 @@ def measure_bonus(kind: str, batch_size: int, dimension: int, args: Args) -> tup
 # ------------------------------ tables
 def speeds(args: Args, folder: str, write: Callable) -> None:
     peers = Peers(args) if args.peers else None
-    heads = ["script", "phase", "mode", "λ", "per second", "lowest to highest", "of the peak", "of d3rlpy"]
+    heads = [
+        "script",
+        "phase",
+        "mode",
+        "λ",
+        "per second",
+        "lowest to highest",
+        "of the peak",
+        "of d3rlpy",
+    ]
     print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|", flush=True)
     for name in args.scripts:
         script = load(name, args.shape)
         torch._dynamo.reset()
-        runs = {("offline update", "eager", "-"): offline_update(script, args, folder, script.update)}
-        modes = {"compile": "default"} | ({"cuda graphs": "reduce-overhead"} if args.device == "cuda" else {})
+        runs = {
+            ("offline update", "eager", "-"): offline_update(script, args, folder, script.update)
+        }
+        modes = {"compile": "default"} | (
+            {"cuda graphs": "reduce-overhead"} if args.device == "cuda" else {}
+        )
         for mode, option in modes.items() if args.compile else ():
             compiled = torch.compile(script.update, mode=option)
             runs["offline update", mode, "-"] = offline_update(script, args, folder, compiled)
         for coefficient in (0, 1):
-            runs["online update", "eager", coefficient] = online_update(script, args, folder, coefficient)
+            runs["online update", "eager", coefficient] = online_update(
+                script, args, folder, coefficient
+            )
         with FlopCounterMode(display=False) as counter:
             for _ in range(4):
                 runs["offline update", "eager", "-"]()
@@ -297,38 +322,59 @@ def speeds(args: Args, folder: str, write: Callable) -> None:
         for run in runs.values():
             for _ in range(10):
                 run()
-        turns = {key: lambda seconds, run=run: rate(run, seconds, args) for key, run in runs.items()}
+        turns = {
+            key: lambda seconds, run=run: rate(run, seconds, args) for key, run in runs.items()
+        }
         product = matrix_product(args)
         turns["peak"] = lambda seconds, run=product: 2 * 2048**3 * rate(run, seconds, args)
         if peers:
             algorithm = name.removesuffix("_sera")
             peers.rate(algorithm, 0.1)
-            turns["offline update", "d3rlpy", "-"] = lambda seconds, a=algorithm: peers.rate(a, seconds)
+            turns["offline update", "d3rlpy", "-"] = lambda seconds, a=algorithm: peers.rate(
+                a, seconds
+            )
         rates = in_turns(turns, args)
         peak = statistics.median(rates.pop("peak"))
         steps = 50 + int(3 * args.seconds * statistics.median(rates["online update", "eager", 0]))
-        for coefficient, null in itertools.product((0, 1), (False, True)) if args.shape == (11, 3) else ():
+        for coefficient, null in (
+            itertools.product((0, 1), (False, True)) if args.shape == (11, 3) else ()
+        ):
             key = ("online step" + ", no environment" * null, "eager", coefficient)
-            rates[key] = [online_steps(script, args, folder, coefficient, null, steps) for _ in range(2)]
+            rates[key] = [
+                online_steps(script, args, folder, coefficient, null, steps) for _ in range(2)
+            ]
         theirs = statistics.median(rates.get(("offline update", "d3rlpy", "-"), [0])) or None
         for (phase, mode, coefficient), some in rates.items():
             median, ours = statistics.median(some), mode != "d3rlpy"
             share = median * flops / peak if phase == "offline update" and ours else None
             ratio = median / theirs if phase == "offline update" and theirs else None
-            cells = [name, phase, mode, coefficient, f"{median:.1f}", f"{min(some):.1f} to {max(some):.1f}"]
+            cells = [
+                name,
+                phase,
+                mode,
+                coefficient,
+                f"{median:.1f}",
+                f"{min(some):.1f} to {max(some):.1f}",
+            ]
             cells += [
                 "" if share is None else f"{100 * share:.0f} %",
                 "" if ratio is None else f"{ratio:.2f}",
             ]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
             write(
-                script=name, phase=phase, mode=mode, coefficient=coefficient, updates_per_second=median,
-                rates=some, peak_fraction=share, gflop=flops / 1e9, peak_gflops=peak / 1e9, of_d3rlpy=ratio,
-            )  # fmt: skip
-        print(
-            f"| {name} | an update has {flops / 1e9:.2f} GFLOP, the peak is {peak / 1e9:.0f} GFLOP/s |||||||",
-            flush=True,
-        )
+                script=name,
+                phase=phase,
+                mode=mode,
+                coefficient=coefficient,
+                updates_per_second=median,
+                rates=some,
+                peak_fraction=share,
+                gflop=flops / 1e9,
+                peak_gflops=peak / 1e9,
+                of_d3rlpy=ratio,
+            )
+        text = f"an update has {flops / 1e9:.2f} GFLOP, the peak is {peak / 1e9:.0f} GFLOP/s"
+        print(f"| {name} | {text} |||||||", flush=True)
 
 
 def profile_table(args: Args, folder: str, write: Callable) -> None:
@@ -341,7 +387,8 @@ def profile_table(args: Args, folder: str, write: Callable) -> None:
             for _ in range(4):
                 run()
         turns = {"update": lambda seconds, run=run: rate(run, seconds, args)}
-        turns["peak"] = lambda seconds, run=matrix_product(args): 2 * 2048**3 * rate(run, seconds, args)  # noqa: B008
+        product = matrix_product(args)
+        turns["peak"] = lambda seconds, run=product: 2 * 2048**3 * rate(run, seconds, args)
         rates = {key: statistics.median(some) for key, some in in_turns(turns, args).items()}
         with torch.profiler.profile() as profiler:
             for _ in range(100):
@@ -350,15 +397,21 @@ def profile_table(args: Args, folder: str, write: Callable) -> None:
             event.key: event.self_cpu_time_total + event.self_device_time_total
             for event in profiler.key_averages()
         }
-        products = sum(times.get(f"aten::{key}", 0) for key in ("mm", "bmm", "addmm", "baddbmm")) / 1e5
+        products = (
+            sum(times.get(f"aten::{key}", 0) for key in ("mm", "bmm", "addmm", "baddbmm")) / 1e5
+        )
         total, floor = 1000 / rates["update"], 1000 * counter.get_total_flops() / 4 / rates["peak"]
-        print(f"| {name} | {total:.2f} | {products:.2f} | {floor:.2f} | {total - products:.2f} |", flush=True)
+        print(
+            f"| {name} | {total:.2f} | {products:.2f} | {floor:.2f} | {total - products:.2f} |",
+            flush=True,
+        )
         write(profile=name, milliseconds=total, in_products=products, at_the_peak=floor)
 
 
 def bonus_table(args: Args, write: Callable) -> None:
     print(
-        "\n| rows | d | ms | peak MiB | plain: ms | plain: peak MiB |\n|---|---|---|---|---|---|", flush=True
+        "\n| rows | d | ms | peak MiB | plain: ms | plain: peak MiB |\n|---|---|---|---|---|---|",
+        flush=True,
     )
     for dimension, batch_size in itertools.product((11, 29, 376), (256, 1024, 4096, 16384)):
         cells = []
@@ -368,16 +421,22 @@ def bonus_table(args: Args, write: Callable) -> None:
                 cells += ["-", f"about {needed:,.0f}"]
                 continue
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                milliseconds, memory = pool.submit(measure_bonus, kind, batch_size, dimension, args).result()
+                milliseconds, memory = pool.submit(
+                    measure_bonus, kind, batch_size, dimension, args
+                ).result()
             cells += [f"{milliseconds:.2f}", f"{memory:,.0f}"]
             write(
-                bonus=kind, rows=batch_size, dimension=dimension, milliseconds=milliseconds, mebibytes=memory
+                bonus=kind,
+                rows=batch_size,
+                dimension=dimension,
+                milliseconds=milliseconds,
+                mebibytes=memory,
             )
         print(f"| {batch_size} | {dimension} | {' | '.join(cells)} |", flush=True)
 
 
 def techniques() -> list[dict]:
-    return tomllib.loads((ROOT / "benchmark" / "techniques.toml").read_text())["technique"]
+    return tomllib.loads((FOLDER / "techniques.toml").read_text())["technique"]
 
 
 def undone(technique: dict, name: str) -> str:
@@ -385,13 +444,13 @@ def undone(technique: dict, name: str) -> str:
     text = (ROOT / f"{name}.py").read_text()
     for find, replace in technique.get(f"undo_{name}", technique["undo"]):
         if find not in text:
-            raise ValueError(f"benchmark/techniques.toml: {name}.py does not have {find!r}")
+            raise ValueError(f"techniques.toml: {name}.py does not have {find!r}")
         text = text.replace(find, replace)
     return text
 
 
 def serve(text: str, name: str, online: bool, args: Args, pipe) -> None:
-    """In a process of its own: answers seconds with the updates per second of a text of a script."""
+    """In a process of its own: answers seconds with updates per second of a text of a script."""
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder, "data.hdf5"), args.shape)
@@ -408,9 +467,11 @@ def serve(text: str, name: str, online: bool, args: Args, pipe) -> None:
 
 
 def techniques_table(args: Args, write: Callable) -> None:
-    """Each side in processes of its own, started anew a few times: where memory lies can make 10 %."""
+    """Each side in processes of its own, started anew: where memory lies can make 10 %."""
     context = multiprocessing.get_context("spawn")
-    print("| technique | script | speed with it, over speed without it |\n|---|---|---|", flush=True)
+    print(
+        "| technique | script | speed with it, over speed without it |\n|---|---|---|", flush=True
+    )
     for technique, number in itertools.product(techniques(), range(2)):
         if number >= len(technique["scripts"]):
             continue
@@ -436,7 +497,9 @@ def processor(args: Args) -> str:
     if args.device == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    return next(
+        (line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor()
+    )
 
 
 def main(args: Args) -> None:
@@ -445,10 +508,15 @@ def main(args: Args) -> None:
     def write(**numbers) -> None:
         if args.output:
             with open(args.output, "a") as file:
-                print(json.dumps(numbers | {"device": args.device, "threads": args.threads}), file=file)
+                print(
+                    json.dumps(numbers | {"device": args.device, "threads": args.threads}),
+                    file=file,
+                )
 
     print(f"{processor(args)}, {args.threads} threads, torch {torch.__version__},", end=" ")
-    print(f"{args.shape[0]} + {args.shape[1]} dimensions, batch 256, median of {args.rounds} turns\n")
+    print(
+        f"{args.shape[0]} + {args.shape[1]} dimensions, batch 256, median of {args.rounds} turns\n"
+    )
     if args.techniques:
         techniques_table(args, write)
         return

@@ -1,0 +1,533 @@
+"""Tables and learning curves of studies, from their raw evaluations alone.
+
+    python benchmark/studies/report.py docs/results          # every study in there
+    python benchmark/studies/report.py docs/results/STUDY    # a single one
+
+A study is a folder with
+
+    grid.toml       title, scripts, envs, seeds, [variants] name = "options", and perhaps baseline
+    runs/           <script>__<env>__<variant>__<seed>.csv, the evals.csv of each run
+    coverage.csv    if any: script,env,variant,seed,step,entropy,kl_to_uniform
+    bias.csv        if any: script,env,variant,seed,q,discounted_return,bias
+
+and gets table.md and curves.png, with a coverage.csv also coverage.md and coverage.png. The same
+files give the same bytes. A study without files in runs/ is named, and its table.md and curves.png
+stay as they are. The statistics are those of Agarwal et al. 2021 (arXiv 2108.13264) and their
+library rliable.
+"""
+
+import itertools
+import math
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy.stats import bootstrap, trim_mean
+
+KEYS = ["script", "env", "variant", "seed"]
+CELL = KEYS[:3]  # the runs of a cell differ in the seed alone
+TASK = KEYS[:2]
+EVALUATIONS = ["phase", "step", "episode", "return", "length", "normalized_score"]
+COVERAGE_VALUES = ["entropy", "kl_to_uniform"]
+COVERAGE = [*KEYS, "step", *COVERAGE_VALUES]
+BIAS_VALUES = ["q", "discounted_return", "bias"]
+BIAS = [*KEYS, *BIAS_VALUES]
+NUMBERS = ["final", "offline", "dip", "area"]
+
+# Of the variants: Okabe and Ito's colours, which the colour-blind tell apart too. With more
+# variants than colours another line style begins.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00")
+LINE_STYLES = ("-", "--", "-.")
+
+SCORES_NOTE = """
+Normalized scores, mean ± standard deviation over n seeds; the score of a seed is its mean over the
+episodes of an evaluation. **final**: the last online evaluation, never the best. **offline**: the
+last offline one. **dip**: offline minus the lowest online evaluation (the more and the noisier
+evaluations, the larger). **area**: mean height of the online curve, by trapezoids.
+"""
+COMPARISON_NOTE = """
+**IQM**: mean of the final scores without the lowest and the highest quarter (rounded down: with
+fewer than 4 runs it is the mean). In brackets: 95 % percentile bootstrap intervals, seeds resampled
+within each task; with few seeds they are too narrow. **all**: a script's tasks together, a dash
+where one has no run.
+"""
+BASELINE_NOTE = """
+**P(X > Y)**: chance that a run of the variant ends above one of the baseline, `{}`: all pairs of
+seeds, ties half, averaged over tasks. **Paired difference**: final score minus the baseline's with
+the same seed.
+"""
+BIAS_NOTE = """## Value bias
+
+At the end of the runs, over the states of evaluation episodes, in rewards of the environment: mean
+min(Q1, Q2), mean discounted return, and their difference. Q of a run with a bonus contains the
+bonus.
+"""
+FIGURE_NOTE = """
+Mean over seeds (thick), its 95 % bootstrap interval (band) and every seed (thin; dotted if
+unfinished, and then in no mean)."""
+
+
+@dataclass
+class Args:
+    """Rewrite tables and learning curves of studies from their raw evaluations."""
+
+    folder: tyro.conf.Positional[Path]
+    """a study, or a folder of studies"""
+
+
+class BadInput(Exception):
+    """What cannot be reported, in a sentence that names the file."""
+
+
+# ------------------------------ statistics
+def iqm(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean (Agarwal et al. 2021): 25 % trimmed mean over the runs of all tasks."""
+    return trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
+
+
+def improvement(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Probability of improvement (Agarwal et al. 2021): P(X > Y) + P(X = Y) / 2, mean over tasks.
+
+    That is Mann and Whitney's U over the number of pairs. X is the first half of the samples, one
+    for each task, Y the second.
+    """
+    count = len(samples) // 2
+    chances = []
+    for x, y in zip(samples[:count], samples[count:]):
+        sign = np.sign(x[..., :, None] - y[..., None, :])
+        chances.append((1 + sign).mean(axis=(-2, -1)) / 2)
+    return np.mean(chances, axis=0)
+
+
+def interval(samples: Sequence[np.ndarray], statistic: Callable, axis: int = -1) -> tuple:
+    """95 % percentile bootstrap interval (Efron 1979), from a fixed seed; NaN from a single run.
+
+    Stratified: scipy resamples each sample on its own. A sample is one task's runs of one variant,
+    so every resample has as many of them as there are.
+    """
+    if min(sample.shape[axis] for sample in samples) < 2:
+        return math.nan, math.nan
+    found = bootstrap(
+        samples,
+        statistic,
+        axis=axis,
+        n_resamples=9999,
+        method="percentile",
+        vectorized=True,
+        batch=1000,
+        rng=np.random.default_rng(0),
+    )
+    return found.confidence_interval
+
+
+def measures(run: pd.DataFrame) -> pd.Series:
+    """One run's numbers from its evaluations in order; NaN, and -1 as `last`, where it has none."""
+    offline = run.loc[run["phase"] == "offline", "score"].to_numpy()
+    online = run.loc[run["phase"] == "online", "score"].to_numpy()
+    steps = run.loc[run["phase"] == "online", "step"].to_numpy()
+    numbers = dict.fromkeys(NUMBERS, math.nan)
+    numbers["last"] = -1
+    if len(offline):
+        numbers["offline"] = offline[-1]
+    if len(online):
+        numbers["final"] = online[-1]
+        numbers["dip"] = numbers["offline"] - online.min()
+        numbers["last"] = steps[-1]
+    if len(online) > 1:
+        numbers["area"] = np.trapezoid(online, steps) / (steps[-1] - steps[0])
+    return pd.Series(numbers)
+
+
+# ------------------------------ input
+def studies(folder: Path) -> list[Path]:
+    """The folder itself if it is a study, else the studies in it."""
+    if (folder / "grid.toml").is_file():
+        return [folder]
+    found = [path.parent for path in sorted(folder.glob("*/grid.toml"))]
+    if not found:
+        raise BadInput(f"{folder}: no study here (a folder with grid.toml)")
+    return found
+
+
+def read_grid(path: Path) -> dict:
+    """grid.toml, with what every study needs."""
+    try:
+        grid = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}") from None
+    kinds = {"title": str, "variants": dict, "scripts": list, "envs": list, "seeds": list}
+    for key, kind in kinds.items():
+        value = grid.get(key)
+        twice = isinstance(value, list) and len(set(value)) < len(value)
+        if not value or not isinstance(value, kind) or twice:
+            reason = f"is missing, empty, not a {kind.__name__}, or has something twice"
+            raise BadInput(f"{path}: {key} {reason}")
+    grid.setdefault("baseline", None)
+    if grid["baseline"] not in (None, *grid["variants"]):
+        raise BadInput(f"{path}: the baseline {grid['baseline']!r} is none of the variants")
+    for name, given in grid["variants"].items():
+        if isinstance(given, dict):  # with the critics behind the bonus
+            if not {"options", "critics"} <= given.keys():
+                raise BadInput(f"{path}: the variant {name} has no options, or no critics")
+            grid["variants"][name] = f"{given['options']} (critics: {given['critics']})"
+    return grid
+
+
+def run_keys(grid: dict) -> list[tuple]:
+    """Script, env, variant and seed of every run that the grid asks for."""
+    parts = grid["scripts"], grid["envs"], grid["variants"], grid["seeds"]
+    return list(itertools.product(*parts))
+
+
+def read_csv(path: Path, columns: list[str], texts: list[str]) -> pd.DataFrame:
+    """A CSV with exactly these columns, and finite numbers in all but those of text."""
+    try:
+        frame = pd.read_csv(path, dtype=dict.fromkeys(texts, str))
+    except ValueError as error:
+        raise BadInput(f"{path}: {' '.join(str(error).split())}") from None
+    if list(frame.columns) != columns:
+        found = ",".join(frame.columns)
+        raise BadInput(f"{path}: the columns are {found}, not {','.join(columns)}")
+    numbers = frame.drop(columns=texts).apply(pd.to_numeric, errors="coerce")
+    if frame.empty or not np.isfinite(numbers).all(axis=None):
+        raise BadInput(f"{path}: no rows, or a number that is missing or not finite")
+    return frame
+
+
+def read_evaluations(path: Path) -> pd.DataFrame:
+    """The evals.csv of a run."""
+    frame = read_csv(path, EVALUATIONS, ["phase"])
+    episodes = frame.groupby(["phase", "step"])["episode"].agg(["size", "nunique"])
+    known = frame["phase"].isin(["offline", "online"]).all()
+    if not known or np.ptp(episodes.to_numpy()):
+        reason = "an unknown phase, or evaluations of unequal numbers of episodes"
+        raise BadInput(f"{path}: {reason}")
+    return frame
+
+
+def evaluation_files(study: Path) -> list[Path]:
+    """The raw evaluations of a study, one file a run."""
+    return sorted((study / "runs").glob("*.csv"))
+
+
+def read_runs(paths: list[Path], keys: list[tuple]) -> pd.DataFrame:
+    """The mean score of every evaluation of every run: KEYS, phase, step, score."""
+    names = {"__".join(map(str, key)): key for key in keys}
+    frames = []
+    for path in paths:
+        if path.stem not in names:
+            raise BadInput(f"{path}: grid.toml has no such script, env, variant or seed")
+        key = dict(zip(KEYS, names[path.stem]))
+        frames.append(read_evaluations(path).assign(**key))
+    episodes = pd.concat(frames).groupby([*KEYS, "phase", "step"])
+    scores = episodes["normalized_score"].mean()
+    return scores.rename("score").reset_index()
+
+
+def with_states(runs: pd.DataFrame, keys: list[tuple]) -> pd.DataFrame:
+    """A row for each run asked for; numbers only if it got as far as the others of its task."""
+    runs = runs.reindex(pd.MultiIndex.from_tuples(keys, names=KEYS))
+    last = runs["last"]
+    goal = last.groupby(TASK).transform("max")
+    states = []
+    for reached, asked in zip(last, goal):
+        if math.isnan(reached):
+            states.append("missing")
+        elif reached < 0:
+            states.append("no online evaluation")
+        elif reached < asked:
+            states.append(f"{reached:,.0f} of {asked:,.0f} online steps")
+        else:
+            states.append("finished")
+    runs["state"] = states
+    unfinished = runs["state"] != "finished"
+    runs.loc[unfinished, runs.columns != "state"] = math.nan
+    return runs
+
+
+# ------------------------------ markdown
+def number(value: float, digits: int = 1) -> str:
+    """Fixed format, no negative zero, a dash for NaN."""
+    return "-" if math.isnan(value) else f"{value:z.{digits}f}"
+
+
+def spread(values: pd.Series, digits: int = 1) -> str:
+    """Mean and standard deviation (n - 1)."""
+    if not values.count():
+        return "-"
+    return f"{number(values.mean(), digits)} ± {number(values.std(), digits)}"
+
+
+def estimate(statistic: Callable, samples: list[pd.Series], scale: float = 1) -> str:
+    """A statistic with its interval; a dash unless every sample has a run."""
+    if not all(map(len, samples)):
+        return "-"
+    arrays = [sample.to_numpy() for sample in samples]
+    low, high = interval(arrays, statistic)
+    value = number(scale * statistic(*arrays))
+    return f"{value} [{number(scale * low)}, {number(scale * high)}]"
+
+
+def markdown(header: list[str], rows: Iterable[Sequence]) -> str:
+    """A table between blank lines."""
+    text = "\n"
+    for row in (header, ["---"] * len(header), *rows):
+        text += f"| {' | '.join(map(str, row))} |\n"
+    return text + "\n"
+
+
+def score_table(runs: pd.DataFrame, names: list[str], listed: list[str], digits: int = 1) -> str:
+    """n, mean and deviation of each number, the listed ones of every seed; the runs left out."""
+    rows = []
+    for key, some in runs.groupby(CELL, sort=False):
+        row = [*key, (some["state"] == "finished").sum()]
+        row += [spread(some[name], digits) for name in names]
+        for name in listed:
+            row.append(" / ".join(number(value, digits) for value in some[name]))
+        rows.append(row)
+    header = [*CELL, "n", *names]
+    header += [f"{name}, every seed" for name in listed]
+    return f"{markdown(header, rows)}{left_out(runs)}\n"
+
+
+def left_out(runs: pd.DataFrame) -> str:
+    """The sentence that names the runs which are in none of the numbers."""
+    unfinished = runs[runs["state"] != "finished"].reset_index()
+    if unfinished.empty:
+        return f"All {len(runs)} runs are finished."
+    names = []
+    for (*cell, state), some in unfinished.groupby([*CELL, "state"], sort=False):
+        seeds = ",".join(map(str, some["seed"]))
+        names.append(f"`{'__'.join(cell)}__{seeds}` ({state})")
+    count = f"{len(unfinished)} of {len(runs)} runs are in none of the numbers"
+    return f"{count}: {', '.join(names)}."
+
+
+def comparison_rows(finals: pd.Series, grid: dict) -> Iterator[list]:
+    """IQM in each env and over all of a script; with a baseline also how the variant compares."""
+    cells = {}
+    for key, some in finals.groupby(CELL, sort=False):
+        cells[key] = some.droplevel(CELL).dropna()
+    tasks = [(env, [env]) for env in grid["envs"]]
+    if len(grid["envs"]) > 1:
+        tasks.append(("**all**", grid["envs"]))
+    for script, (label, envs), variant in itertools.product(
+        grid["scripts"], tasks, grid["variants"]
+    ):
+        ours = [cells[script, env, variant] for env in envs]
+        row = [script, label, variant, sum(map(len, ours)), estimate(iqm, ours)]
+        if grid["baseline"] == variant:
+            row += ["-", "-", "-"]
+        elif grid["baseline"]:
+            row += against([cells[script, env, grid["baseline"]] for env in envs], ours)
+        yield row
+
+
+def against(theirs: list[pd.Series], ours: list[pd.Series]) -> list:
+    """P(X > Y), the paired differences and their number, of a variant against the baseline."""
+    pairs = [(x - y).dropna() for x, y in zip(ours, theirs)]
+    difference = spread(pd.concat(pairs)) if all(map(len, pairs)) else "-"
+    return [estimate(improvement, ours + theirs, 100), difference, sum(map(len, pairs))]
+
+
+# ------------------------------ figures
+def line_looks(variants: Iterable[str]) -> dict[str, dict]:
+    """Colour and style of each variant's line."""
+    pairs = itertools.cycle(itertools.product(LINE_STYLES, COLOURS))
+    looks = {}
+    for name, (style, colour) in zip(variants, pairs):
+        looks[name] = {"linestyle": style, "color": colour}
+    return looks
+
+
+def panels(count: int, columns: int, looks: dict[str, dict]) -> tuple[Figure, list[Axes]]:
+    """An empty figure with a legend of the variants below."""
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(1 + 4.2 * columns, 0.8 + 3 * rows), layout="constrained")
+    handles = [Line2D([], [], linewidth=2, label=name, **look) for name, look in looks.items()]
+    legend_columns = min(len(handles), 2 + 2 * columns)
+    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG without the version of the library in it: the same bytes from the same data."""
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def draw(axis: Axes, look: dict, lines: pd.DataFrame, value: str) -> None:
+    """One variant's lines in one phase: columns seed, x, state and the value."""
+    wide = lines.pivot(index="x", columns="seed", values=value)
+    finished = lines.loc[lines["state"] == "finished", "seed"].unique()
+    for seed, line in wide.items():
+        style = "-" if seed in finished else ":"
+        axis.plot(line.dropna(), color=look["color"], linestyle=style, linewidth=0.7, alpha=0.5)
+    whole = wide[finished].dropna()
+    if whole.size:
+        axis.plot(whole.mean(axis=1), linewidth=2, **look)
+        low, high = interval([whole.to_numpy()], np.mean, axis=1)
+        axis.fill_between(whole.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def with_places(evals: pd.DataFrame) -> pd.DataFrame:
+    """The column x, where an evaluation is drawn: online from 0 to 1, offline from -0.5 to 0."""
+    steps = evals["step"]
+    longest = evals.groupby([*TASK, "phase"])["step"].transform("max").clip(lower=1)
+    own = evals.groupby([*KEYS, "phase"])["step"].transform("max")
+    before = (steps - own) / longest / 2
+    places = (steps / longest).where(evals["phase"] == "online", before)
+    return evals.assign(x=places)
+
+
+def set_ticks(axis: Axes, panel: pd.DataFrame) -> None:
+    """Steps below a panel: the whole offline phase, the switch, the middle and the end."""
+    last = panel.groupby("phase")["step"].max()
+    offline, online = last.reindex(["offline", "online"], fill_value=0)
+    ticks = {0: "0"}
+    for place, step in ((-0.5, -offline), (0.5, online / 2), (1, online)):
+        if step:
+            ticks[place] = f"{step:,.0f}"
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.axvline(0, color="0.3", linewidth=1)
+
+
+def learning_curves(path: Path, grid: dict, evals: pd.DataFrame) -> None:
+    """A panel for each script and env; the offline phase takes the left third, in its own scale."""
+    tasks = list(itertools.product(grid["scripts"], grid["envs"]))
+    columns = len(grid["envs"]) if len(grid["envs"]) > 1 else min(3, len(tasks))
+    looks = line_looks(grid["variants"])
+    figure, axes = panels(len(tasks), columns, looks)
+    evals = with_places(evals)
+    for (script, env), axis in zip(tasks, axes):
+        panel = evals[(evals["script"] == script) & (evals["env"] == env)]
+        for variant, look in looks.items():
+            for _, lines in panel[panel["variant"] == variant].groupby("phase"):
+                draw(axis, look, lines, "score")
+        set_ticks(axis, panel)
+        axis.set_title(f"{script}, {env}")
+        axis.set(xlabel="offline steps | online steps", ylabel="normalized score")
+    save(figure, path)
+
+
+# ------------------------------ the report
+def write_text(path: Path, text: str) -> None:
+    """Write with the same line ends on every system."""
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def coverage(study: Path, grid: dict, keys: list[tuple]) -> None:
+    """coverage.md and coverage.png: entropy of visited states, divergence from uniform."""
+    path = study / "coverage.csv"
+    frame = read_csv(path, COVERAGE, CELL).sort_values("step")
+    there = set(frame[KEYS].itertuples(index=False, name=None))
+    if not there <= set(keys) or frame.duplicated([*KEYS, "step"]).any():
+        raise BadInput(f"{path}: a run that is not in grid.toml, or a step that is there twice")
+    tasks_there = {key[:2] for key in there}
+    keys = [key for key in keys if key[:2] in tasks_there]
+    last = frame.groupby(KEYS).last().rename(columns={"step": "last"})
+    runs = with_states(last, keys)
+    text = f"# {grid['title']}: coverage\n\n"
+    text += "At the last step, mean ± standard deviation over n seeds.\n"
+    text += score_table(runs, COVERAGE_VALUES, COVERAGE_VALUES, 2)
+    text += f"\n![Coverage](coverage.png)\n{FIGURE_NOTE}\n"
+    write_text(study / "coverage.md", text)
+    lines = frame.join(runs["state"], on=KEYS).rename(columns={"step": "x"})
+    coverage_curves(study / "coverage.png", grid, lines)
+
+
+def coverage_curves(path: Path, grid: dict, lines: pd.DataFrame) -> None:
+    """Two panels for each script and env that coverage.csv has."""
+    there = set(lines[TASK].itertuples(index=False, name=None))
+    tasks = [task for task in itertools.product(grid["scripts"], grid["envs"]) if task in there]
+    looks = line_looks(grid["variants"])
+    figure, axes = panels(2 * len(tasks), 2, looks)
+    for (task, value), axis in zip(itertools.product(tasks, COVERAGE_VALUES), axes):
+        for variant, look in looks.items():
+            own = (lines[CELL] == [*task, variant]).all(axis=1)
+            draw(axis, look, lines[own], value)
+        axis.set(title=", ".join(task), xlabel="online steps", ylabel=value.replace("_", " "))
+    save(figure, path)
+
+
+def value_bias(path: Path, keys: list[tuple]) -> str:
+    """The section on how far the values of evaluation states are from their discounted returns."""
+    frame = read_csv(path, BIAS, CELL).set_index(KEYS)
+    if not set(frame.index) <= set(keys) or frame.index.has_duplicates:
+        raise BadInput(f"{path}: a run that is not in grid.toml, or is there twice")
+    runs = with_states(frame.assign(last=0), keys)
+    return f"{BIAS_NOTE}{score_table(runs, BIAS_VALUES, ['bias'])}\n"
+
+
+def comparison(finals: pd.Series, grid: dict) -> str:
+    """The section that compares the variants."""
+    text = f"## Comparison\n{COMPARISON_NOTE}"
+    header = [*CELL, "n", "IQM of final"]
+    if grid["baseline"]:
+        text += BASELINE_NOTE.format(grid["baseline"])
+        header += ["P(X > Y), %", "paired difference", "pairs"]
+    return text + markdown(header, comparison_rows(finals, grid))
+
+
+def report(study: Path, grid: dict, paths: list[Path]) -> None:
+    """Write table.md and curves.png of a study from its raw evaluations."""
+    keys = run_keys(grid)
+    evals = read_runs(paths, keys)
+    runs = with_states(evals.groupby(KEYS).apply(measures), keys)
+    variants = []
+    for name, options in grid["variants"].items():
+        variants.append([name, f"`{options}`" if options else ""])
+    text = f"# {grid['title']}\n\n"
+    text += "Written by `python benchmark/studies/report.py` from the files in `runs/`.\n"
+    text += markdown(["variant", "options"], variants)
+    text += f"## Scores\n{SCORES_NOTE}{score_table(runs, NUMBERS, ['final'])}\n"
+    text += comparison(runs["final"], grid)
+    if (study / "bias.csv").exists():
+        text += value_bias(study / "bias.csv", keys)
+    text += f"## Learning curves\n\n![Learning curves](curves.png)\n{FIGURE_NOTE}\n"
+    text += "Left of the line: the offline phase, its steps on a scale of their own.\n"
+    if (study / "coverage.csv").exists():
+        text += "\nHow widely the runs visited states: [coverage](coverage.md).\n"
+    learning_curves(study / "curves.png", grid, evals.join(runs["state"], on=KEYS))
+    write_text(study / "table.md", text)
+
+
+def rebuild(study: Path) -> bool:
+    """Rewrite what the files of a study allow; True if its raw evaluations are there."""
+    grid = read_grid(study / "grid.toml")
+    paths = evaluation_files(study)
+    if paths:
+        report(study, grid, paths)
+        print(study / "table.md")
+    else:
+        print(f"{study.resolve().name}: no raw evaluations, table.md left as it is")
+    if (study / "coverage.csv").exists():  # needs no evaluations
+        coverage(study, grid, run_keys(grid))
+        print(study / "coverage.md")
+    return bool(paths)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    folder = tyro.cli(Args, args=arguments).folder
+    try:
+        rebuilt = [rebuild(study) for study in studies(folder)]
+        if not any(rebuilt):
+            raise BadInput(f"{folder}: no study here has raw evaluations (runs/*.csv)")
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

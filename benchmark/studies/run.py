@@ -1,0 +1,379 @@
+"""Runs a grid of experiments, scripts x environments x variants x seeds, here or on a Ray cluster.
+
+    python benchmark/studies/run.py docs/results/small/grid.toml [--out runs/grids] [--jobs 2]
+
+A grid is a TOML file: scripts, envs, seeds, options for all of them, [variants] with the options
+of each, and if need be [script_options], [env_options] and [critics] (below). Each run is the
+script itself as a process. Where variants differ in --sera-* alone they share one offline phase
+per script, environment and seed: its checkpoint is copied and resumed, which gives the very run
+that one process would give. A folder of --out is named by the options of its run, so that grids
+share what they have in common. Finished runs are skipped, also if only their CSV is left; killed
+ones are resumed from their checkpoint, failed ones tried again and reported at the end. evals.csv
+of each finished run is gathered in runs/ beside the grid file, with the options that made it in
+commands.json. --dry-run prints all commands, in an order in which they can be run.
+
+On a cluster, --address names it (`ray start` on every machine), --out is a folder that all
+machines share, --gpus may be a fraction. Threads of a run are pinned to --threads.
+
+[critics] is for studies of the bonus's critics: name = options of an offline run, say few =
+"--offline-steps 1000" or other = "--seed 101"; a variant given as {options = "...", critics =
+"few"} gets the networks of that run behind its bonus. It has to say --sera-critic random, which
+leaves them as they come. --dry-run only names such a run: a plain command does not put them there.
+"""
+
+import ctypes
+import hashlib
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import ray
+import torch
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Args:
+    """Run a grid of experiments, on this machine or on a Ray cluster."""
+
+    grid: tyro.conf.Positional[Path]
+    """the grid file"""
+    out: Path = Path("runs/grids")
+    """folder of the run directories"""
+    jobs: int = 2
+    """runs at once on this machine"""
+    threads: int = 1
+    """CPU threads of a run"""
+    gpus: float = 0.0
+    """GPUs of a run, 0.25 for four on one"""
+    retries: int = 2
+    """how often a run that failed is tried again"""
+    address: str | None = None
+    """a running Ray cluster; by default Ray is started here"""
+    dry_run: bool = False
+    """print the commands, run nothing"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: the script's options, its folder, and the offline phases that it starts from."""
+
+    name: str
+    script: str
+    options: str
+    folder: Path
+    start: "Run | None" = None  # whose checkpoint is copied and resumed
+    critics: "Run | None" = None  # whose networks stand behind the bonus
+    csv: Path | None = None  # where its evals.csv is gathered
+
+    def command(self) -> list[str]:
+        """The words of the command; --resume starts a run where there is none yet."""
+        script = str(ROOT / f"{self.script}.py")
+        options = shlex.split(self.options)
+        return [sys.executable, script, *options, "--run-dir", str(self.folder), "--resume"]
+
+    def before(self) -> list["Run"]:
+        """The runs that have to end before this one can start."""
+        return [run for run in (self.start, self.critics) if run]
+
+
+def load_script(name: str) -> ModuleType:
+    """A script as a module. A Ray worker comes here past the top of this file: hence the path."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(name)
+
+
+# ------------------------------ from the grid to its runs
+def read_grid(path: Path) -> dict:
+    """grid.toml, with what every grid needs. ValueError for a bad one."""
+    try:
+        grid = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for key in ("scripts", "envs", "seeds", "options", "variants"):
+        if not grid.get(key):
+            raise ValueError(f"{path} has no {key}")
+    for script in grid["scripts"]:
+        if not (ROOT / f"{script}.py").is_file():
+            raise ValueError(f"{path}: there is no script {script}.py")
+    words = shlex.split(grid["options"])
+    if "--online-steps" not in words[:-1]:
+        raise ValueError(f"{path}: options name no --online-steps")
+    for name, given in grid["variants"].items():
+        if isinstance(given, dict):
+            check_critics(path, grid, name)
+        else:
+            grid["variants"][name] = {"options": given}
+    return grid
+
+
+def check_critics(path: Path, grid: dict, name: str) -> None:
+    """ValueError unless a variant with other critics says what it needs."""
+    given = grid["variants"][name]
+    if given.get("critics") not in grid.get("critics", {}):
+        raise ValueError(f"{path}: the critics of {name} are not in [critics]")
+    own = given.get("options", "")
+    if "--sera-critic random" not in own or not only_the_bonus(own):
+        raise ValueError(f"{path}: {name} needs --sera-critic random, and only --sera-*")
+
+
+def only_the_bonus(options: str) -> bool:
+    """Whether options leave the offline phase alone."""
+    flags = [word for word in shlex.split(options) if word.startswith("--")]
+    return all(flag.startswith("--sera-") for flag in flags)
+
+
+def common_options(grid: dict, script: str, env: str, seed: int) -> str:
+    """What the variants of a script, an environment and a seed have in common."""
+    parts = [
+        f"--env {env}",
+        grid["options"],
+        grid.get("script_options", {}).get(script),
+        grid.get("env_options", {}).get(env),
+        f"--seed {seed}",
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def offline_run(script: str, options: str, out: Path) -> Run:
+    """An offline phase; grids that ask for the same one share its folder."""
+    words = shlex.split(options)
+    place = words.index("--online-steps")
+    words = [*words[:place], *words[place + 2 :], "--online-steps", "0"]
+    run = Run("", script, shlex.join(words), out)
+    return replace(run, name=origin(run), folder=out / f"{script}__offline__{digest(run)}")
+
+
+def variant_run(grid_file: Path, grid: dict, key: tuple[str, str, str, int], out: Path) -> Run:
+    """The run of a script, an environment, a variant and a seed, with what it starts from."""
+    script, env, variant, seed = key
+    name = "__".join(map(str, key))
+    csv = grid_file.resolve().parent / "runs" / f"{name}.csv"
+    given = grid["variants"][variant]
+    common = common_options(grid, script, env, seed)
+    own = given["options"]
+    run = Run(name, script, f"{common} {own}", out, csv=csv)
+    if only_the_bonus(own):
+        words = shlex.split(common)
+        steps = words[words.index("--online-steps") + 1]
+        start = offline_run(script, common, out)
+        run = replace(run, options=f"--online-steps {steps} {own}", start=start)
+    if "critics" in given:
+        other = grid["critics"][given["critics"]]
+        run = replace(run, critics=offline_run(script, f"{common} {other}", out))
+    return replace(run, folder=out / f"{script}__{env}__{seed}__{digest(run)}")
+
+
+def origin(run: Run) -> str:
+    """The options behind a run, its offline phase's first: what is the same is the same run."""
+    words = [f"{run.script}.py"]
+    if run.start:
+        words.append(run.start.options.removesuffix(" --online-steps 0"))
+    words.append(run.options)
+    if run.critics:
+        words.append(f"(bonus: {run.critics.options})")
+    return " ".join(" ".join(words).split())
+
+
+def digest(run: Run) -> str:
+    """Eight letters that stand for the options behind a run."""
+    return hashlib.sha256(origin(run).encode()).hexdigest()[:8]
+
+
+def plan(grid_file: Path, out: Path) -> list[Run]:
+    """All runs of a grid, offline phases before those that start from them. ValueError if bad."""
+    grid = read_grid(grid_file)
+    runs = []
+    for script in grid["scripts"]:
+        for env in grid["envs"]:
+            for seed in grid["seeds"]:
+                for variant in grid["variants"]:
+                    run = variant_run(grid_file, grid, (script, env, variant, seed), out)
+                    runs += [other for other in run.before() if other not in runs]
+                    runs.append(run)
+    return runs
+
+
+# ------------------------------ one run
+def prepare(run: Run) -> None:
+    """Give a run the checkpoint that it starts from; never over one of its own."""
+    checkpoint = run.folder / "checkpoint.pt"
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint.exists() or not run.start:
+        return
+    part = checkpoint.with_suffix(".part")
+    if run.critics:
+        part.write_bytes(with_other_critics(run))
+    else:
+        shutil.copy(run.start.folder / "checkpoint.pt", part)
+    os.replace(part, checkpoint)
+
+
+def with_other_critics(run: Run) -> bytes:
+    """The checkpoint that a run starts from, with the networks of another run behind its bonus."""
+    script = load_script(run.script)
+    saved = script.read_checkpoint(run.start.folder / "checkpoint.pt")
+    other = script.read_checkpoint(run.critics.folder / "checkpoint.pt")
+    saved["bonus_agent"] = other["agent"]
+    data = io.BytesIO()
+    torch.save(saved, data)
+    body = data.getvalue()
+    return body + hashlib.sha256(body).digest()  # the seal that a checkpoint ends in
+
+
+def die_with_parent() -> None:
+    """For Linux: a run ends with its worker, or it would go on beside its own successor."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def execute(run: Run, threads: int, *before: str) -> str:
+    """Run one process to its end and return its name. before: what it waits for. RuntimeError."""
+    if (run.folder / "finished").exists():
+        return run.name
+    prepare(run)
+    log = run.folder / "log.txt"
+    with open(log, "ab") as file:
+        done = subprocess.run(
+            run.command(),
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            stdout=file,
+            stderr=file,
+            preexec_fn=die_with_parent,
+        )
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}, {log}: {last_words(log)}")
+    (run.folder / "finished").touch()
+    return run.name
+
+
+def last_words(log: Path) -> str:
+    """The end of a log in one line, without the frames and bars that are drawn in it."""
+    end = log.read_text(errors="replace")[-1500:]
+    plain = re.sub(r"[\u2500-\u259f]+", " ", end)
+    return " ".join(plain.split())[-300:]
+
+
+# ------------------------------ beside the grid file
+def read_commands(grid_file: Path) -> dict[str, str]:
+    """The options behind each gathered CSV."""
+    path = grid_file.parent / "commands.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def gather(run: Run, grid_file: Path) -> None:
+    """Copy the evaluations of a finished run beside the grid, and note what made them."""
+    run.csv.parent.mkdir(exist_ok=True)
+    shutil.copy(run.folder / "evals.csv", run.csv)
+    commands = read_commands(grid_file)
+    commands[run.name] = origin(run)
+    text = json.dumps(dict(sorted(commands.items())), indent=1)
+    (grid_file.parent / "commands.json").write_text(text + "\n")
+
+
+def missing_runs(runs: list[Run], grid_file: Path) -> list[Run]:
+    """The runs without a CSV, and those they start from. ValueError if a CSV has other options."""
+    known = read_commands(grid_file)
+    wanted = set()
+    for run in runs:
+        if run.csv and not run.csv.exists():
+            wanted |= {run, *run.before()}
+        elif run.csv and known.get(run.name) != origin(run):
+            made_by = f"was made by other options: {known.get(run.name)}"
+            raise ValueError(f"{run.csv} {made_by}; move it away first")
+    return [run for run in runs if run in wanted]
+
+
+# ------------------------------ all runs
+def print_commands(runs: list[Run], threads: int) -> None:
+    """What would be run, a line for each run."""
+    for run in runs:
+        line = f"OMP_NUM_THREADS={threads} {shlex.join(run.command())}"
+        if run.start:
+            checkpoint = run.start.folder / "checkpoint.pt"
+            line = f"mkdir -p {run.folder} && cp {checkpoint} {run.folder} && {line}"
+        if run.critics:
+            line = f"# run.py alone puts in the critics of {run.critics.folder}: {line}"
+        print(line)
+
+
+def start_all(runs: list[Run], args: Args) -> dict:
+    """Hand all runs to Ray, which starts each when those it waits for have ended: by reference."""
+    task = ray.remote(execute).options(
+        num_cpus=args.threads,
+        num_gpus=args.gpus,
+        max_retries=args.retries,
+        retry_exceptions=True,
+    )
+    references = {}
+    for run in runs:
+        before = [references[other] for other in run.before()]
+        references[run] = task.remote(run, args.threads, *before)
+    return {reference: run for run, reference in references.items()}
+
+
+def wait_for_all(pending: dict, grid_file: Path) -> dict[str, str]:
+    """Gather what finishes; the runs that failed, with the reason."""
+    failures = {}
+    progress = tqdm(total=len(pending), unit=" runs", mininterval=1)
+    while pending:
+        ended, _ = ray.wait(list(pending), timeout=5)
+        for reference in ended:
+            run = pending.pop(reference)
+            try:
+                ray.get(reference)
+                if run.csv:
+                    gather(run, grid_file)
+            except Exception as error:  # whatever a worker may raise; the other runs go on
+                cause = getattr(error, "cause", None) or error
+                failures[run.name] = str(cause).strip().splitlines()[-1]
+            progress.update()
+        progress.set_postfix(failed=len(failures), refresh=True)
+    progress.close()
+    return failures
+
+
+def run_all(runs: list[Run], args: Args) -> int:
+    """Run on Ray; 1 if a run failed."""
+    cpus = None if args.address else args.jobs * args.threads
+    ray.init(args.address, num_cpus=cpus, log_to_driver=False)
+    failures = wait_for_all(start_all(runs, args), args.grid)
+    ray.shutdown()
+    print(f"{len(runs)} runs, {len(failures)} failed")
+    for name, reason in failures.items():
+        print(f"{name}: {reason}")
+    return 1 if failures else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = tyro.cli(Args, args=arguments)
+    try:
+        runs = plan(args.grid, args.out.resolve())
+        runs = missing_runs(runs, args.grid)
+        if not args.dry_run:
+            return run_all(runs, args)
+        print_commands(runs, args.threads)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
