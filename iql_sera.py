@@ -844,8 +844,8 @@ def film(env: gymnasium.Env, video_dir: Path) -> gymnasium.Env:
 def normalized_score(dataset_id: str, returns: float | np.ndarray) -> float | np.ndarray:
     """D4RL's score of undiscounted returns, in percent: 0 is a random policy, 100 an expert."""
     task, _ = find_task(dataset_id)
-    score = (np.asarray(returns) - task.random_return) / (task.expert_return - task.random_return)
-    return 100 * score
+    above_random = np.asarray(returns) - task.random_return
+    return 100 * above_random / (task.expert_return - task.random_return)
 
 
 @torch.no_grad()
