@@ -90,9 +90,7 @@ class Args:
     capture_video: bool = False  # film the first episode of every evaluation, into <run_dir>/videos
 
     # ------------------------------ training arguments (shared)
-    offline_steps: int = (
-        250_000  # updates on the dataset before the first online step; 0 skips them
-    )
+    offline_steps: int = 250_000  # updates on the dataset before the first online step
     online_steps: int = 250_000  # environment steps
     updates_per_step: int = 1  # updates for each environment step
     learning_starts: int = 5_000  # random first steps of a run that has no dataset at all
@@ -112,9 +110,7 @@ class Args:
     # ------------------------------ SERA arguments (shared)
     sera_coef: float = 1.0  # lambda, the weight of the bonus; 0 is exactly the plain algorithm
     sera_k: int = 10  # which nearest neighbour sets the radius
-    sera_bonus: Literal["q", "v", "state", "constant"] = (
-        "q"  # SERA, V for Q (VCSE), s alone, lambda
-    )
+    sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA, VCSE, s alone, lambda
     sera_critic: Literal["offline", "current", "random"] = "offline"  # frozen, learning, untrained
     sera_scale: Literal["none", "dim"] = "none"  # as printed, or states / dim and standardised q
 
@@ -648,9 +644,11 @@ def load_d4rl(dataset_id: str, path: Path | str) -> dict[str, np.ndarray]:
         shape = rows + widths.get(name, ())
         if array.shape == (*shape, 1):  # rewards of v1 medium-replay
             array = array[:, 0]
-        if array.shape != shape or len(array) < 2 or array.dtype.kind not in "fbiu":
-            found = f"{array.dtype} {array.shape}"
-            raise ValueError(f"{name} in {path} is {found}: {dataset_id} needs numbers, {shape}")
+        if array.shape != shape or array.dtype.kind not in "fbiu":
+            found = f"{array.dtype} {array.shape}, but {dataset_id} needs numbers, {shape}"
+            raise ValueError(f"{name} in {path} is {found}: give a file in D4RL's format")
+        if len(array) < 2:
+            raise ValueError(f"{path} has {len(array)} rows: give a file with at least 2")
         if name in flags:
             good = np.isin(array, (0, 1))
         else:
@@ -977,11 +975,13 @@ def read_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
         script, known_args = checkpoint["script"], set(checkpoint["args"])
     except Exception:  # whatever unpickling may raise
-        raise ValueError(f"--resume: {path} is no checkpoint of this script") from None
-    if script != Path(__file__).stem or known_args != {field.name for field in fields(Args)}:
-        raise ValueError(
-            f"--resume: {path} is no checkpoint of this script in this version: it is {script}.py's"
-        )
+        fix = "start anew in another --run-dir"
+        raise ValueError(f"--resume: {path} is no checkpoint of a run: {fix}") from None
+    if script != Path(__file__).stem:
+        raise ValueError(f"--resume: {path} is one of {script}.py: go on with that script")
+    if known_args != {field.name for field in fields(Args)}:
+        fix = "go on with that version, or start anew in another --run-dir"
+        raise ValueError(f"--resume: {path} is one of another version of this script: {fix}")
     return checkpoint
 
 
@@ -1143,6 +1143,8 @@ def check_args(args: Args) -> None:
                 raise ValueError(f"{flag} is {value}: give a whole number of at least {least}")
         elif name in ("gamma", "tau", "mixing_ratio") and not 0 <= value <= 1:
             raise ValueError(f"{flag} is {value}: give a number from 0 to 1")
+        elif name.endswith("_lr") and not 0 <= value < math.inf:
+            raise ValueError(f"{flag} is {value}: give a finite number of at least 0")
         elif type(value) is float and not math.isfinite(value):
             raise ValueError(f"{flag} is {value}: give a finite number")
     if args.offline_steps + args.online_steps == 0:
@@ -1198,12 +1200,14 @@ def lock_run_dir(run_dir: Path) -> filelock.BaseFileLock:
     """Keep all other runs out of a folder until this process ends. ValueError if one is in it."""
     lock = filelock.FileLock(run_dir / "in_use_by_a_run.lock")
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        fix = "wait for it, or name another folder"
-        raise ValueError(
-            f"--run-dir {run_dir} is in use by a run ({lock.lock_file}): {fix}"
-        ) from None
+        found = f"--run-dir {run_dir} is in use by another run ({lock.lock_file})"
+        raise ValueError(f"{found}: wait for it, or name another folder") from None
+    except OSError as error:
+        found = f"--run-dir {run_dir} cannot be used ({error.strerror})"
+        raise ValueError(f"{found}: name another folder") from None
     return lock
 
 
@@ -1251,7 +1255,6 @@ def set_up(
     run.varying_dims = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(device)
     if checkpoint:
         restore(run, checkpoint)
-    run_dir.mkdir(parents=True, exist_ok=True)
     run.lock = lock or lock_run_dir(run_dir)
     video_dirs = [None] * args.eval_episodes
     if args.capture_video:
