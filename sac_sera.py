@@ -35,12 +35,14 @@ at the policy's mean action:
 # ///
 
 # ------------------------------ imports (shared)
+import collections
 import contextlib
 import copy
 import csv
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -52,6 +54,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -81,6 +84,8 @@ class Args:
     physics: Literal["d4rl", "gymnasium"] = "d4rl"  # D4RL's masses and margins, or -v4 as shipped
     seed: int = 1  # seed of networks, batches and environment
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    cudagraphs: bool = True  # on a GPU record each kind of training step once, and replay it
+    compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile the update; auto: on a GPU only
     run_dir: str | None = None  # output folder; by default runs/<env>__<script>__<seed>__<time>
     resume: bool = False  # go on from the checkpoint in --run-dir; start if there is none yet
     track: bool = False  # send all that TensorBoard gets to Weights & Biases too
@@ -232,9 +237,8 @@ class Agent(nn.Module):
 def make_optimizer(agent: Agent, args: Args) -> tuple[Optimizer, LRScheduler | None]:
     """Adam for all that is trained, and the schedule of its rates: none here."""
     groups = [
-        {"params": agent.actor.parameters(), "lr": args.actor_lr},
+        {"params": [*agent.actor.parameters(), agent.log_alpha], "lr": args.actor_lr},
         {"params": agent.critics.parameters(), "lr": args.critic_lr},
-        {"params": [agent.log_alpha], "lr": args.actor_lr},
     ]
     return torch.optim.Adam(groups, fused=True), None
 
@@ -275,22 +279,31 @@ def q_conditioned_entropy(
 
 
 @torch.no_grad()
+def conditioning_value(agent: nn.Module, batch: dict[str, Tensor], args: Args) -> Tensor:
+    """q_i of eqs. (S1) and (S2), (B,): what states are conditioned on, by --sera-bonus."""
+    if args.sera_bonus == "q":
+        return agent.critics(batch["observations"], batch["actions"]).amin(0)
+    if args.sera_bonus == "v":
+        return agent.value(batch["observations"])
+    return torch.zeros_like(batch["rewards"])  # all alike: the entropy of states alone
+
+
+@torch.no_grad()
 def intrinsic_reward(
     agent: nn.Module, batch: dict[str, Tensor], varying_dims: Tensor, args: Args, log: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """lambda tanh(H) for every row (B,), and, if log, numbers to watch.
 
-    agent is the one whose critics give q. varying_dims are the state dimensions that ever change.
+    agent is the one whose critics give q, unless that is stored with the transitions (bonus_q).
+    varying_dims are the state dimensions that ever change.
     """
-    observations = batch["observations"]
     if args.sera_bonus == "constant":
         return torch.full_like(batch["rewards"], args.sera_coef), {}
-    if args.sera_bonus == "q":
-        q_values = agent.critics(observations, batch["actions"]).amin(0)
-    elif args.sera_bonus == "v":
-        q_values = agent.value(observations)
+    observations = batch["observations"]
+    if "bonus_q" in batch:
+        q_values = batch["bonus_q"]
     else:
-        q_values = torch.zeros_like(batch["rewards"])  # all alike: the entropy of states alone
+        q_values = conditioning_value(agent, batch, args)
     if args.sera_scale == "dim":  # as VCSE's SAC does; ant has 84 dimensions that never change
         observations = observations[:, varying_dims] / len(varying_dims)
         q_values = (q_values - q_values.mean()) / torch.sqrt(q_values.var(correction=0) + 1e-5)
@@ -411,6 +424,7 @@ def start_online_phase(run: "Run", args: Args) -> None:
     run.step = 0
     if args.sera_critic == "offline":
         run.bonus_agent.load_state_dict(run.agent.state_dict())
+    store_bonus_q(run, args, 0, run.buffer.size)
 
 
 def online_phase(run: "Run", args: Args) -> None:
@@ -434,6 +448,7 @@ def online_phase(run: "Run", args: Args) -> None:
             observation = next_observation
             if done or last or not WAIT_FOR_EPISODE_END:
                 run.buffer.append(stack_transitions(episode))
+                store_bonus_q(run, args, run.buffer.size - len(episode), run.buffer.size)
                 episode = []
             if done:
                 log_episode(run, args, info["episode"]["r"])
@@ -481,7 +496,10 @@ def online_batch(buffer: "ReplayBuffer", args: Args) -> tuple[int, int] | None:
 
 def train_step(run: "Run", args: Args, kind: StepKind) -> dict[str, Tensor]:
     """One training step; then the schedule of learning rates, if there is one, moves on."""
-    logs = sample_and_update(run, args, kind)
+    if run.recorded_step:
+        logs = run.recorded_step(kind)
+    else:
+        logs = sample_and_update(run, args, kind)
     if run.scheduler:
         run.scheduler.step()
     return logs
@@ -494,7 +512,24 @@ def sample_and_update(run: "Run", args: Args, kind: StepKind) -> dict[str, Tenso
     if kind.online and args.sera_coef:
         bonus, logs = intrinsic_reward(run.bonus_agent, batch, run.varying_dims, args, kind.log)
         batch["rewards"] = batch["rewards"] + bonus  # the buffer keeps its own
-    return logs | update(run.agent, run.optimizer, batch, args, kind)
+    # Numbers to log are wanted so seldom that compiling them too does not pay.
+    update_function = run.compiled_update if run.compiled_update and not kind.log else update
+    return logs | update_function(run.agent, run.optimizer, batch, args, kind)
+
+
+@torch.no_grad()
+def store_bonus_q(run: "Run", args: Args, first: int, end: int) -> None:
+    """Under frozen critics the q of a transition never changes, and is stored with it."""
+    if not bonus_q_is_stored(args):
+        return
+    for start in range(first, end, 10_000):
+        batch = run.buffer.as_columns(run.buffer.table[start : min(start + 10_000, end)])
+        batch["bonus_q"].copy_(conditioning_value(run.bonus_agent, batch, args))
+
+
+def bonus_q_is_stored(args: Args) -> bool:
+    has_q = args.sera_coef != 0 and args.sera_bonus in ("q", "v")
+    return has_q and args.sera_critic != "current"
 
 
 def log_is_due(run: "Run", args: Args) -> bool:
@@ -520,6 +555,98 @@ def end_of_step(run: "Run", args: Args, logs: dict, between_episodes: bool) -> N
         run.save_due = False
         if run.received:
             sys.exit(f"{run.received[0]}: go on with --run-dir {run.run_dir} --resume")
+
+
+# ------------------------------ recording on a GPU (shared)
+class Recording:
+    """A function of tensors on the GPU, recorded and replayed: one launch instead of hundreds.
+
+    A recording repeats its kernels on the same memory and with the same Python numbers. So there is
+    one for each key, of which the function may make what it likes, and for each shape of inputs;
+    and all that varies otherwise has to be a tensor. What it returns is overwritten by the next
+    replay with that key. The first three calls with a key run as they are.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function  # (key, *inputs) -> tensors
+        self.calls = collections.Counter()
+        self.graphs = {}
+        self.inputs = {}
+        self.outputs = {}
+        self.stream = torch.cuda.Stream()
+        self.works = True
+
+    def __call__(self, key, *inputs: Tensor):
+        case = (key, *(x.shape for x in inputs))
+        if case not in self.inputs:
+            self.inputs[case] = [x.to("cuda", copy=True) for x in inputs]
+        for static, given in zip(self.inputs[case], inputs):
+            static.copy_(given, non_blocking=True)
+        self.calls[case] += 1
+        if self.works and self.calls[case] > 3:
+            if case not in self.graphs:
+                self.record(case)
+            if case in self.graphs:
+                self.graphs[case].replay()
+                return self.outputs[case]
+        return self.run_as_it_is(case)
+
+    def run_as_it_is(self, case):
+        """On a stream of its own, as recording asks for before it begins."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(case[0], *self.inputs[case])
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def record(self, case) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.outputs[case] = self.function(case[0], *self.inputs[case])
+            self.graphs[case] = graph
+        except RuntimeError as error:  # whatever the driver or an operation may refuse
+            self.works = False
+            say(f"CUDA graphs do not work here ({str(error).splitlines()[0]}): going on without")
+
+
+def prepare_optimizer(optimizer: Optimizer, device: torch.device) -> None:
+    """Keep on the device what changes from step to step, for recorded steps, or off it."""
+    for group in optimizer.param_groups:
+        on_gpu = device.type == "cuda"
+        group["capturable"] = on_gpu
+        group["lr"] = torch.as_tensor(group["lr"], device=device) if on_gpu else float(group["lr"])
+
+
+def use_gpu(run: "Run", args: Args) -> None:
+    """Recorded steps, and TF32 for matrix products, as the authors' JAX code has on such cards."""
+    torch.set_float32_matmul_precision("high")
+    prepare_optimizer(run.optimizer, run.device)
+    if args.cudagraphs:
+        run.recorded_step = Recording(functools.partial(sample_and_update, run, args))
+        run.recorded_policy = Recording(
+            torch.no_grad()(lambda deterministic, inputs: run.agent.act(inputs, deterministic))
+        )
+
+
+def compile_update(run: "Run", args: Args) -> None:
+    """Let torch.compile fuse the small operations of an update; the optimizer is one already."""
+    run.optimizer.step = torch.compiler.disable(run.optimizer.step)
+    run.optimizer.zero_grad = torch.compiler.disable(run.optimizer.zero_grad)
+    compiled = torch.compile(update, dynamic=False)
+
+    def update_or_say_why(*inputs):
+        try:
+            return compiled(*inputs)
+        except Exception as error:  # no Triton, no C++ compiler, or a fault of the compiler
+            if run.compiled_update is None:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            say(f"torch.compile does not work here ({reason}): going on without")
+            run.compiled_update = None
+            return update(*inputs)
+
+    run.compiled_update = update_or_say_why
 
 
 # ------------------------------ data (shared)
@@ -556,7 +683,8 @@ def find_task(dataset_id: str) -> tuple[Task, str]:
         if dataset_id in antmaze.DATASETS:
             return Task(dataset_id, 29, 8, 0.0, 1.0), antmaze.DATASETS[dataset_id]
     match = re.fullmatch(r"([a-z0-9]+)-(.+)-v([012])", dataset_id)
-    if not match or match[1] not in TASKS or match[2] not in KINDS:
+    known = match and match[1] in TASKS and match[2] in KINDS
+    if not known or match[0].endswith("full-replay-v0"):
         families = "Gym-MuJoCo or AntMaze (Adroit, kitchen and maze2d are not supported)"
         fix = "give one such as walker2d-medium-replay-v2"
         raise ValueError(f"--env {dataset_id} is no dataset of {families}: {fix}")
@@ -682,6 +810,7 @@ class ReplayBuffer:
         self.columns: dict[str, slice | int] = {}  # where in a row each quantity stands
         self.table = torch.empty(0)  # made by the first append
         self.size = 0
+        self.online_count = torch.zeros((), dtype=torch.float64, device=device)  # online_size
         self.capacity = args.online_steps
         self.mean = np.float64(0)
         self.std = np.float64(1)
@@ -695,6 +824,8 @@ class ReplayBuffer:
                 self.reward_scale *= 1000 / return_range(data)
             self.append(data)
         self.offline_size = self.size
+        self.offline_count = torch.full_like(self.online_count, self.offline_size)
+        self.online_count.zero_()
 
     @property
     def online_size(self) -> int:
@@ -715,6 +846,8 @@ class ReplayBuffer:
             "terminals": transitions["terminals"],
         }
         columns |= added_columns(transitions | {"rewards": rewards}, self.args)
+        if bonus_q_is_stored(self.args):
+            columns["bonus_q"] = np.zeros(len(rewards))  # until the bonus needs it
         if not self.columns:
             self.make_table(columns)
         rows = np.empty((len(rewards), self.table.shape[1]), dtype=np.float32)
@@ -738,19 +871,25 @@ class ReplayBuffer:
         end = self.size + len(rows)
         self.table[self.size : end] = rows
         self.size = end
+        self.online_count += len(rows)
 
     def as_columns(self, rows: Tensor) -> dict[str, Tensor]:
         """The quantities in rows (n, width), by name, as views: (n, width of it) or (n,)."""
         return {name: rows[:, position] for name, position in self.columns.items()}
 
     def sample(self, offline_rows: int, online_rows: int) -> dict[str, Tensor]:
-        """A batch of copies, drawn on the device with replacement, dataset rows first."""
+        """A batch of copies, drawn on the device with replacement, dataset rows first.
+
+        A recorded step has Python's numbers for good: what grows is a number on the device.
+        """
         count = offline_rows + online_rows
-        uniform = torch.rand(count, dtype=torch.float64, device=self.device)
-        offline = uniform[:offline_rows] * self.offline_size
-        online = uniform[offline_rows:] * self.online_size + self.offline_size
-        indices = torch.cat([offline, online]).long()
-        return self.as_columns(self.table[indices])
+        indices = torch.rand(count, dtype=torch.float64, device=self.device)
+        offline, online = indices.split([offline_rows, online_rows])
+        if offline_rows:
+            offline *= self.offline_size
+        if online_rows:
+            torch.addcmul(self.offline_count, online, self.online_count, out=online)
+        return self.as_columns(self.table[indices.long()])
 
 
 # ------------------------------ environment and evaluation (shared)
@@ -835,8 +974,12 @@ def normalized_score(dataset_id: str, returns: float | np.ndarray) -> float | np
 @torch.no_grad()
 def act(run: "Run", observations: np.ndarray, deterministic: bool) -> np.ndarray:
     """Actions (E, a) for observations (E, d) as the environment gives them."""
-    inputs = torch.from_numpy(run.buffer.normalize(observations)).to(run.device)
-    return run.agent.act(inputs, deterministic).cpu().numpy()
+    inputs = torch.from_numpy(run.buffer.normalize(observations))
+    if run.recorded_policy:
+        actions = run.recorded_policy(deterministic, inputs)
+    else:
+        actions = run.agent.act(inputs.to(run.device), deterministic)
+    return actions.cpu().numpy()
 
 
 def evaluate(policy, envs: list[gymnasium.Env], seeds) -> tuple[np.ndarray, np.ndarray]:
@@ -903,6 +1046,9 @@ class Run:
     run_dir: Path | None = None
     data_sha256: str | None = None
     varying_dims: Tensor | None = None  # the dimensions of observations that ever change
+    recorded_step: "Recording | None" = None  # on a GPU: sample_and_update
+    recorded_policy: "Recording | None" = None  # on a GPU: agent.act
+    compiled_update: Callable | None = None  # update, by torch.compile
     eval_envs: list[gymnasium.Env] = field(default_factory=list)
     writer: SummaryWriter | None = None
     progress: tqdm | None = None
@@ -984,6 +1130,7 @@ def restore(run: Run, checkpoint: dict) -> None:
     run.bonus_agent.load_state_dict(checkpoint["bonus_agent"])
     run.agent.load_state_dict(checkpoint["agent"])  # last: they may be the same
     run.optimizer.load_state_dict(checkpoint["optimizer"])
+    prepare_optimizer(run.optimizer, run.device)  # the checkpoint may come from another device
     if run.scheduler:
         run.scheduler.load_state_dict(checkpoint["scheduler"])
     if len(checkpoint["online_rows"]):
@@ -1042,12 +1189,11 @@ def start_logs(run: Run, args: Args, config: dict) -> None:
     if args.track:
         track(run, args, config)
     wait_for_next_second(run.run_dir)
-    resumed = run.step > 0
-    purge_step = run.total_step(args) + 1 if resumed else None
+    purge_step = run.total_step(args) + 1 if run.step else 0  # what a killed run wrote after that
     run.writer = SummaryWriter(run.run_dir, purge_step=purge_step)
-    if not resumed:
-        rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        run.writer.add_text("arguments", f"|argument|value|\n|-|-|\n{rows}")
+    rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    table = f"|argument|value|\n|-|-|\n{rows}"
+    run.writer.add_text("arguments", table, run.total_step(args))
 
 
 def wait_for_next_second(run_dir: Path) -> None:
@@ -1060,10 +1206,8 @@ def wait_for_next_second(run_dir: Path) -> None:
 
 def track(run: Run, args: Args, config: dict) -> None:
     """Send to Weights & Biases what TensorBoard gets; a resumed run continues its own curve."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--track needs Weights & Biases: pip install wandb") from None
+    import wandb  # its presence was checked with the arguments
+
     id_file = run.run_dir / "wandb_id.txt"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
@@ -1086,6 +1230,8 @@ RESUME_MAY_CHANGE = {
     "resume",
     "dataset_path",
     "device",
+    "cudagraphs",
+    "compile",
     "checkpoint_every",
     "log_every",
     "track",
@@ -1140,6 +1286,8 @@ def check_args(args: Args) -> None:
     if needs_neighbours and args.sera_k >= args.batch_size:
         fix = f"give less than --batch-size {args.batch_size}"
         raise ValueError(f"--sera-k is {args.sera_k}: {fix}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--track needs Weights & Biases: pip install wandb")
     if args.device == "cuda" and not torch.cuda.is_available():
         fix = "use --device cpu or auto"
         raise ValueError(f"--device is cuda, but torch finds no GPU here: {fix}")
@@ -1242,6 +1390,12 @@ def set_up(
     run.varying_dims = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(device)
     if checkpoint:
         restore(run, checkpoint)
+        if run.phase == "online":
+            store_bonus_q(run, args, 0, run.buffer.offline_size)
+    if device.type == "cuda":
+        use_gpu(run, args)
+    if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda"):
+        compile_update(run, args)
     run.lock = lock or lock_run_dir(run_dir)
     video_dirs = [None] * args.eval_episodes
     if args.capture_video:
