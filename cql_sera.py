@@ -116,6 +116,7 @@ class Args:
     # ------------------------------ SERA arguments (shared)
     sera_coef: float = 1.0  # lambda, the weight of the bonus; 0 is exactly the plain algorithm
     sera_k: int = 10  # which nearest neighbour sets the radius
+    sera_pool: int = 0  # transitions among which neighbours are sought; 0: the batch itself
     sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA, VCSE, s alone, lambda
     sera_critic: Literal["offline", "current", "random"] = "offline"  # frozen, learning, untrained
     sera_scale: Literal["none", "dim"] = "none"  # as printed, or states / dim and standardised q
@@ -265,37 +266,63 @@ def make_optimizer(agent: Agent, args: Args) -> tuple[Optimizer, LRScheduler | N
 
 
 # ------------------------------ SERA bonus (shared)
+def pairwise_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean distances between rows, (n, d), (m, d) -> (n, m), without products of matrices.
+
+    Their shortcut |x|^2 - 2 x y + |y|^2 loses 10 to 30 % on close neighbours. On a GPU cdist's
+    exact form is slow, and torch.compile fuses the difference into what follows.
+    """
+    if x.is_cuda:
+        return (x[:, None] - y).square().sum(-1).sqrt()
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+@torch.compiler.disable  # a compiled digamma has been wrong (PyTorch issues 143648 and 152205)
 @functools.cache
-def psi_table(batch_size: int, dimension: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """psi(n + 1) / dimension of eq. (S3), n = 0 ... batch_size - 1, rounded once."""
-    n = torch.arange(batch_size, dtype=torch.float64, device=device)
+def psi_table(size: int, dimension: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """psi(n + 1) / dimension of eq. (S3) for n = 0 ... size - 1, rounded once."""
+    n = torch.arange(size, dtype=torch.float64, device=device)
     return (torch.digamma(n + 1) / dimension).to(dtype)
 
 
 def q_conditioned_entropy(
-    observations: Tensor, q_values: Tensor, k: int
+    observations: Tensor,
+    q_values: Tensor,
+    k: int,
+    pool: tuple[Tensor, Tensor] | None = None,
+    block: int = 2**22,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """H_i, rho_i and n_i of eqs. (S1) to (S3), without scaling or tanh: (B, d), (B,) -> 3 x (B,).
 
     Up to a constant, d mean(H_i) - psi(k) is the KSG estimate (Kraskov et al. 2004) of the entropy
-    of states given their value, in nats. ValueError unless 1 <= k < B.
+    of states given their value, in nats. pool: observations (N, d) and q_values (N,) among which
+    neighbours are sought; by default they are the other rows of the batch. block: at most so many
+    distances are held at a time. ValueError unless 1 <= k < B, or k <= N with a pool.
     """
     batch_size, dimension = observations.shape
-    if not 1 <= k < batch_size:
-        raise ValueError(f"k is {k}, but {batch_size} rows allow 1 to {batch_size - 1}")
-    # The matrix-product shortcut of cdist loses 10 to 30 % on close neighbours.
-    exact = "donot_use_mm_for_euclid_dist"
-    distances = torch.cdist(observations, observations, compute_mode=exact)
-    q_distances = (q_values[:, None] - q_values).abs()
-    q_distances.fill_diagonal_(torch.inf)  # no row is its own neighbour
+    pool_observations, pool_q_values = pool or (observations, q_values)
+    pool_size = len(pool_q_values)
+    largest_k = pool_size if pool else batch_size - 1
+    if not 1 <= k <= largest_k:
+        raise ValueError(f"k is {k}, but {pool_size} rows allow 1 to {largest_k}")
 
-    joint = torch.maximum(distances, q_distances)
-    radii = joint.topk(k, largest=False, sorted=False).values.amax(1)
-    radii = radii.clamp_min(1e-6)  # of equal rows: log stays finite
-    # Strictly less, as in KSG: a neighbour in q that sets rho is the very same float, not counted.
-    counts = (q_distances < radii[:, None]).sum(1)
+    radii, counts = [], []
+    rows_at_a_time = max(1, block // pool_size)
+    for first in range(0, batch_size, rows_at_a_time):
+        rows = slice(first, first + rows_at_a_time)
+        distances = pairwise_distances(observations[rows], pool_observations)
+        q_distances = (q_values[rows, None] - pool_q_values).abs()
+        if not pool:
+            q_distances.diagonal(first).fill_(torch.inf)  # no row is its own neighbour
+        joint = torch.maximum(distances, q_distances)
+        radius = joint.topk(k, largest=False, sorted=False).values.amax(1)
+        radius = radius.clamp_min(1e-6)  # of equal rows: log stays finite
+        # Strictly less, as in KSG: the q distance that sets a radius is the very same float.
+        counts.append((q_distances < radius[:, None]).sum(1))
+        radii.append(radius)
+    radii, counts = torch.cat(radii), torch.cat(counts)
 
-    psi = psi_table(batch_size, dimension, radii.dtype, radii.device)
+    psi = psi_table(pool_size + 1, dimension, radii.dtype, radii.device)
     return psi[counts] + torch.log(2 * radii), radii, counts
 
 
@@ -309,27 +336,43 @@ def conditioning_value(agent: nn.Module, batch: dict[str, Tensor], args: Args) -
     return torch.zeros_like(batch["rewards"])  # all alike: the entropy of states alone
 
 
+def conditioned_states(
+    agent: nn.Module, batch: dict[str, Tensor], args: Args
+) -> tuple[Tensor, Tensor]:
+    """States (B, d) and their q (B,), which frozen critics have left with the transitions."""
+    if "bonus_q" in batch:
+        return batch["observations"], batch["bonus_q"]
+    return batch["observations"], conditioning_value(agent, batch, args)
+
+
 @torch.no_grad()
 def intrinsic_reward(
-    agent: nn.Module, batch: dict[str, Tensor], varying_dims: Tensor, args: Args, log: bool
+    agent: nn.Module,
+    batch: dict[str, Tensor],
+    varying_dims: Tensor,
+    args: Args,
+    log: bool,
+    pool: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """lambda tanh(H) for every row (B,), and, if log, numbers to watch.
 
     agent is the one whose critics give q, unless that is stored with the transitions (bonus_q).
-    varying_dims are the state dimensions that ever change.
+    varying_dims are the state dimensions that ever change. pool: a batch for the neighbours.
     """
     if args.sera_bonus == "constant":
         return torch.full_like(batch["rewards"], args.sera_coef), {}
-    observations = batch["observations"]
-    if "bonus_q" in batch:
-        q_values = batch["bonus_q"]
-    else:
-        q_values = conditioning_value(agent, batch, args)
+    observations, q_values = conditioned_states(agent, batch, args)
+    pool_states = conditioned_states(agent, pool, args) if pool else None
     if args.sera_scale == "dim":  # as VCSE's SAC does; ant has 84 dimensions that never change
+        mean = q_values.mean()
+        std = torch.sqrt(q_values.var(correction=0) + 1e-5)
         observations = observations[:, varying_dims] / len(varying_dims)
-        q_values = (q_values - q_values.mean()) / torch.sqrt(q_values.var(correction=0) + 1e-5)
+        q_values = (q_values - mean) / std
+        if pool_states:
+            pool_observations = pool_states[0][:, varying_dims] / len(varying_dims)
+            pool_states = pool_observations, (pool_states[1] - mean) / std
 
-    entropy, radii, counts = q_conditioned_entropy(observations, q_values, args.sera_k)
+    entropy, radii, counts = q_conditioned_entropy(observations, q_values, args.sera_k, pool_states)
     bonus = torch.tanh(entropy)
     if not log:
         return args.sera_coef * bonus, {}
@@ -466,7 +509,7 @@ class StepKind(NamedTuple):
 
 def train(run: "Run", args: Args) -> None:
     """Both phases, or what is left of them, and the closing words."""
-    if run.phase == "offline":
+    if run.phase == "offline" and args.offline_steps:
         offline_phase(run, args)
     if args.online_steps:
         if run.phase == "offline":
@@ -577,14 +620,25 @@ def train_step(run: "Run", args: Args, kind: StepKind) -> dict[str, Tensor]:
 
 def sample_and_update(run: "Run", args: Args, kind: StepKind) -> dict[str, Tensor]:
     """A batch, the bonus, and one update: all of it on the device, and all that varies in kind."""
+    pay, learn = intrinsic_reward, update
+    if run.compiled and not kind.log:  # numbers to log are wanted too seldom to compile them
+        pay, learn = run.compiled
     batch = run.buffer.sample(kind.offline_rows, kind.online_rows)
     logs = {}
     if kind.online and args.sera_coef:
-        bonus, logs = intrinsic_reward(run.bonus_agent, batch, run.varying_dims, args, kind.log)
+        pool = sample_pool(run.buffer, args, kind)
+        bonus, logs = pay(run.bonus_agent, batch, run.varying_dims, args, kind.log, pool)
         batch["rewards"] = batch["rewards"] + bonus  # the buffer keeps its own
-    # Numbers to log are wanted so seldom that compiling them too does not pay.
-    update_function = run.compiled_update if run.compiled_update and not kind.log else update
-    return logs | update_function(run.agent, run.optimizer, batch, args, kind)
+    return logs | learn(run.agent, run.optimizer, batch, args, kind)
+
+
+def sample_pool(buffer: "ReplayBuffer", args: Args, kind: StepKind) -> dict[str, Tensor] | None:
+    """With --sera-pool, so many transitions for neighbours, mixed as the batch is."""
+    if args.sera_pool == 0 or args.sera_bonus == "constant":
+        return None
+    offline_share = kind.offline_rows / (kind.offline_rows + kind.online_rows)
+    offline_rows = round(args.sera_pool * offline_share)
+    return buffer.sample(offline_rows, args.sera_pool - offline_rows)
 
 
 @torch.no_grad()
@@ -615,13 +669,12 @@ def end_of_step(run: "Run", args: Args, logs: dict, between_episodes: bool) -> N
         check_finite(run, logs)
         for name, value in logs.items():
             run.writer.add_scalar(name, float(value), run.total_step(args))
-    with contextlib.suppress(OSError):  # a closed terminal is no reason to stop
-        run.progress.update()
+    run.progress.update()
     if last or run.step % args.eval_every == 0:
         run_evaluation(run, args)
     if saving:
+        run.writer.flush()  # first: what the checkpoint is ahead of would be lost in a crash
         save_checkpoint(run, args)
-        run.writer.flush()
         run.save_due = False
         if run.received:
             sys.exit(f"{run.received[0]}: go on with --run-dir {run.run_dir} --resume")
@@ -699,24 +752,29 @@ def use_gpu(run: "Run", args: Args) -> None:
         )
 
 
-def compile_update(run: "Run", args: Args) -> None:
-    """Let torch.compile fuse the small operations of an update; the optimizer is one already."""
+def compile_functions(run: "Run") -> tuple[Callable, Callable]:
+    """intrinsic_reward and update, whose small operations torch.compile fuses."""
+    # The optimizer's step is one kernel already, and stays out of it.
     run.optimizer.step = torch.compiler.disable(run.optimizer.step)
     run.optimizer.zero_grad = torch.compiler.disable(run.optimizer.zero_grad)
-    compiled = torch.compile(update, dynamic=False)
 
-    def update_or_say_why(*inputs):
-        try:
-            return compiled(*inputs)
-        except Exception as error:  # no Triton, no C++ compiler, or a fault of the compiler
-            if run.compiled_update is None:
-                raise
-            reason = str(error).strip().splitlines()[0]
-            say(f"torch.compile does not work here ({reason}): going on without")
-            run.compiled_update = None
-            return update(*inputs)
+    def compiled(function: Callable) -> Callable:
+        fast_function = torch.compile(function, dynamic=False)
 
-    run.compiled_update = update_or_say_why
+        def fast_function_or_say_why(*inputs):
+            if run.compiled is None:
+                return function(*inputs)
+            try:
+                return fast_function(*inputs)
+            except Exception as error:  # no Triton, no C++ compiler, a fault of the compiler
+                reason = str(error).strip().splitlines()[0]
+                say(f"torch.compile does not work here ({reason}): going on without")
+                run.compiled = None
+                return function(*inputs)
+
+        return fast_function_or_say_why
+
+    return compiled(intrinsic_reward), compiled(update)
 
 
 # ------------------------------ data (shared)
@@ -939,7 +997,7 @@ class ReplayBuffer:
     def append_rows(self, rows: Tensor) -> None:
         """Add rows (n, width) that are laid out as the table is."""
         end = self.size + len(rows)
-        self.table[self.size : end] = rows
+        self.table[self.size : end].copy_(rows, non_blocking=True)
         self.size = end
         self.online_count += len(rows)
 
@@ -1030,7 +1088,7 @@ def film(env: gymnasium.Env, video_dir: Path) -> gymnasium.Env:
         env.render()
         return gymnasium.wrappers.RecordVideo(env, str(video_dir), lambda episode: True)
     except Exception as error:  # of OpenGL, of the display, or the lack of MoviePy
-        fix = "pip install moviepy, and on a machine without a display set MUJOCO_GL=egl"
+        fix = "pip install moviepy; without a display set MUJOCO_GL=egl and install libegl1"
         raise ValueError(f"--capture-video does not work here ({error}): {fix}") from None
 
 
@@ -1092,8 +1150,7 @@ def run_evaluation(run: "Run", args: Args) -> None:
     run.writer.add_scalar("eval/return", returns.mean(), step)
     run.writer.add_scalar("eval/length", lengths.mean(), step)
     run.writer.add_scalar("eval/normalized_score", scores.mean(), step)
-    with contextlib.suppress(OSError):
-        run.progress.set_postfix(score=f"{scores.mean():.1f}")
+    run.progress.set_postfix(score=f"{scores.mean():.1f}")
 
 
 # ------------------------------ run and checkpoint (shared)
@@ -1118,7 +1175,7 @@ class Run:
     varying_dims: Tensor | None = None  # the dimensions of observations that ever change
     recorded_step: "Recording | None" = None  # on a GPU: sample_and_update
     recorded_policy: "Recording | None" = None  # on a GPU: agent.act
-    compiled_update: Callable | None = None  # update, by torch.compile
+    compiled: tuple[Callable, Callable] | None = None  # intrinsic_reward and update
     eval_envs: list[gymnasium.Env] = field(default_factory=list)
     writer: SummaryWriter | None = None
     progress: tqdm | None = None
@@ -1212,13 +1269,22 @@ def restore(run: Run, checkpoint: dict) -> None:
 
 
 # ------------------------------ logs (shared)
-def progress_bar(run: "Run", steps: int) -> tqdm:
-    """A bar with steps per second and time left, or none where the terminal has been closed."""
-    options = {"total": steps, "initial": run.step, "desc": run.phase, "unit": " steps"}
-    try:
-        run.progress = tqdm(**options, mininterval=1)
-    except OSError:
-        run.progress = tqdm(**options, disable=True)
+class ProgressBar(tqdm):
+    """A bar with steps per second and time left, which a closed terminal does not stop."""
+
+    def display(self, *args, **options):
+        with contextlib.suppress(OSError):
+            return super().display(*args, **options)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def progress_bar(run: "Run", steps: int) -> ProgressBar:
+    """The bar of a phase, wherever in it the run is."""
+    options = {"desc": run.phase, "unit": " steps", "mininterval": 1}
+    run.progress = ProgressBar(total=steps, initial=run.step, **options)
     return run.progress
 
 
@@ -1254,10 +1320,11 @@ def versions() -> dict[str, str]:
 
 
 def start_logs(run: Run, args: Args, config: dict) -> None:
-    """config.json, Weights & Biases if wanted, and TensorBoard, with the arguments as a table."""
-    (run.run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    """Weights & Biases if wanted, config.json, and TensorBoard, with the arguments as a table."""
     if args.track:
-        track(run, args, config)
+        track(run, args, config)  # first: it can fail, and then there is no run yet
+    save_checkpoint(run, args)  # from here on --resume finds one
+    (run.run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     wait_for_next_second(run.run_dir)
     purge_step = run.total_step(args) + 1 if run.step else 0  # what a killed run wrote after that
     run.writer = SummaryWriter(run.run_dir, purge_step=purge_step)
@@ -1281,16 +1348,20 @@ def track(run: Run, args: Args, config: dict) -> None:
     id_file = run.run_dir / "wandb_id.txt"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    wandb.init(
-        project=args.wandb_project,
-        entity=args.wandb_entity,
-        name=run.run_dir.name,
-        id=id_file.read_text(),
-        resume="allow",
-        config=config["args"] | {"versions": config["versions"]},
-        dir=run.run_dir,
-        sync_tensorboard=True,
-    )
+    try:
+        wandb.init(
+            project=args.wandb_project,
+            entity=args.wandb_entity,
+            name=run.run_dir.name,
+            id=id_file.read_text(),
+            resume="allow",
+            config=config["args"] | {"versions": config["versions"]},
+            dir=run.run_dir,
+            sync_tensorboard=True,
+        )
+    except wandb.errors.Error as error:
+        fix = "run wandb login, or set WANDB_MODE=offline"
+        raise ValueError(f"--track: {error}: {fix}") from None
 
 
 # ------------------------------ setting up and main (shared)
@@ -1313,6 +1384,7 @@ OFFLINE_RESUME_MAY_CHANGE = {
     "updates_per_step",
     "sera_coef",
     "sera_k",
+    "sera_pool",
     "sera_bonus",
     "sera_critic",
     "sera_scale",
@@ -1341,7 +1413,7 @@ def check_args(args: Args) -> None:
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')}"
         if type(value) is int:
-            least = 0 if name.endswith(("_steps", "seed", "_starts")) else 1
+            least = 0 if name.endswith(("_steps", "seed", "_starts", "_pool")) else 1
             if value < least:
                 raise ValueError(f"{flag} is {value}: give a whole number of at least {least}")
         elif name in ("gamma", "tau", "mixing_ratio") and not 0 <= value <= 1:
@@ -1353,8 +1425,11 @@ def check_args(args: Args) -> None:
     if args.offline_steps + args.online_steps == 0:
         raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
     needs_neighbours = args.sera_coef and args.sera_bonus != "constant"
-    if needs_neighbours and args.sera_k >= args.batch_size:
+    if needs_neighbours and args.sera_pool == 0 and args.sera_k >= args.batch_size:
         fix = f"give less than --batch-size {args.batch_size}"
+        raise ValueError(f"--sera-k is {args.sera_k}: {fix}")
+    if needs_neighbours and 0 < args.sera_pool < args.sera_k:
+        fix = f"give at most --sera-pool {args.sera_pool}"
         raise ValueError(f"--sera-k is {args.sera_k}: {fix}")
     if args.track and importlib.util.find_spec("wandb") is None:
         raise ValueError("--track needs Weights & Biases: pip install wandb")
@@ -1465,13 +1540,12 @@ def set_up(
     if device.type == "cuda":
         use_gpu(run, args)
     if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda"):
-        compile_update(run, args)
-    run.lock = lock or lock_run_dir(run_dir)
+        run.compiled = compile_functions(run)
     video_dirs = [None] * args.eval_episodes
     if args.capture_video:
         video_dirs[0] = run_dir / "videos"
     run.eval_envs = [make_env(args.env, args.physics, video_dir) for video_dir in video_dirs]
-    save_checkpoint(run, args)  # from here on --resume finds one
+    run.lock = lock or lock_run_dir(run_dir)
     config = {
         "script": script,
         "env_id": task.env_id,
@@ -1524,6 +1598,9 @@ def main(argv: list[str] | None = None) -> None:
         train(run, args)
     except (OSError, FloatingPointError) as error:  # full disk, NaN; all else is a bug: show where
         fail(error)
+    finally:
+        for env in run.eval_envs:
+            env.close()
 
 
 def fail(error: Exception) -> None:
