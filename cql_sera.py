@@ -209,7 +209,7 @@ class Actor(nn.Module):
     def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int, layers: int):
         super().__init__()
         self.layers = mlp(observation_dim, hidden_dim, layers, 2 * action_dim)
-        self.log_std_scale = nn.Parameter(torch.tensor(1.0))  # trained, as in the authors' code
+        self.log_std_scale = nn.Parameter(torch.tensor(1.0))  # trained, as in JaxCQL
         self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
@@ -1422,6 +1422,8 @@ def check_args(args: Args) -> None:
             raise ValueError(f"{flag} is {value}: give a finite number of at least 0")
         elif type(value) is float and not math.isfinite(value):
             raise ValueError(f"{flag} is {value}: give a finite number")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed is {args.seed}: give a whole number of at most {2**63 - 1}")
     if args.offline_steps + args.online_steps == 0:
         raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
     needs_neighbours = args.sera_coef and args.sera_bonus != "constant"

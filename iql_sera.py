@@ -1366,6 +1366,8 @@ def check_args(args: Args) -> None:
             raise ValueError(f"{flag} is {value}: give a finite number of at least 0")
         elif type(value) is float and not math.isfinite(value):
             raise ValueError(f"{flag} is {value}: give a finite number")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed is {args.seed}: give a whole number of at most {2**63 - 1}")
     if args.offline_steps + args.online_steps == 0:
         raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
     needs_neighbours = args.sera_coef and args.sera_bonus != "constant"
