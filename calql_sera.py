@@ -610,23 +610,22 @@ def online_phase(run: "Run", args: Args) -> None:
             end_of_step(run, args, logs, between_episodes=done)
 
 
+def is_random_step(run: "Run", args: Args) -> bool:
+    """From scratch, without a dataset, the first steps only gather transitions."""
+    return run.buffer.offline_size == 0 and run.step <= args.learning_starts
+
+
 def explore(run: "Run", args: Args, observation: np.ndarray) -> np.ndarray:
     """An action (a,) to learn from: the policy's, with its noise, or a random one."""
-    if run.buffer.offline_size == 0 and run.step <= args.learning_starts:
+    if is_random_step(run, args):
         return (2 * torch.rand(run.env.action_space.shape) - 1).numpy()
     return act(run, observation[None], deterministic=False)[0]
-
-
-def stack_transitions(transitions: list[tuple]) -> dict[str, np.ndarray]:
-    """A list of transitions as the columns that load_d4rl gives."""
-    names = ("observations", "actions", "rewards", "next_observations", "terminals", "episode_ends")
-    return {name: np.array(values) for name, values in zip(names, zip(*transitions))}
 
 
 def online_updates(run: "Run", args: Args) -> dict[str, Tensor]:
     """The updates that belong to one environment step; the logs of the last, if any are due."""
     rows = online_batch(run.buffer, args)
-    if rows is None or (run.buffer.offline_size == 0 and run.step <= args.learning_starts):
+    if rows is None or is_random_step(run, args):
         return {}
     for number in range(args.updates_per_step):
         policy_due = policy_is_due((run.step - 1) * args.updates_per_step + number + 1, args)
@@ -668,37 +667,16 @@ def sample_and_update(run: "Run", args: Args, kind: StepKind) -> dict[str, Tenso
     batch = run.buffer.sample(kind.offline_rows, kind.online_rows)
     logs = {}
     if kind.online and args.sera_coef:
-        pool = sample_pool(run.buffer, args, kind)
+        pool = None  # neighbours are sought in the batch itself
+        if args.sera_pool and args.sera_bonus != "constant":
+            pool = run.buffer.sample_as(kind, args.sera_pool)
         bonus, logs = pay(run.bonus_agent, batch, run.varying_dims, args, kind.log, pool)
         batch["rewards"] = batch["rewards"] + bonus  # the buffer keeps its own
     return logs | learn(run.agent, run.optimizer, batch, args, kind)
 
 
-def sample_pool(buffer: "ReplayBuffer", args: Args, kind: StepKind) -> dict[str, Tensor] | None:
-    """With --sera-pool, so many transitions for neighbours, mixed as the batch is."""
-    if args.sera_pool == 0 or args.sera_bonus == "constant":
-        return None
-    offline_share = kind.offline_rows / (kind.offline_rows + kind.online_rows)
-    offline_rows = round(args.sera_pool * offline_share)
-    return buffer.sample(offline_rows, args.sera_pool - offline_rows)
-
-
-@torch.no_grad()
-def store_bonus_q(run: "Run", args: Args, first: int, end: int) -> None:
-    """Under frozen critics the q of a transition never changes, and is stored with it."""
-    if not bonus_q_is_stored(args):
-        return
-    for start in range(first, end, 10_000):
-        batch = run.buffer.as_columns(run.buffer.table[start : min(start + 10_000, end)])
-        batch["bonus_q"].copy_(conditioning_value(run.bonus_agent, batch, args))
-
-
-def bonus_q_is_stored(args: Args) -> bool:
-    has_q = args.sera_coef != 0 and args.sera_bonus in ("q", "v")
-    return has_q and args.sera_critic != "current"
-
-
 def log_is_due(run: "Run", args: Args) -> bool:
+    """Every --log-every steps, and with the last of a phase."""
     return run.step % args.log_every == 0 or run.step == run.steps_of_phase(args)
 
 
@@ -1059,6 +1037,33 @@ class ReplayBuffer:
         if online_rows:
             torch.addcmul(self.offline_count, online, self.online_count, out=online)
         return self.as_columns(self.table[indices.long()])
+
+    def sample_as(self, kind: StepKind, count: int) -> dict[str, Tensor]:
+        """A batch of another size, mixed as that of the step is."""
+        offline_rows = round(count * kind.offline_rows / (kind.offline_rows + kind.online_rows))
+        return self.sample(offline_rows, count - offline_rows)
+
+
+def stack_transitions(transitions: list[tuple]) -> dict[str, np.ndarray]:
+    """A list of transitions as the columns that load_d4rl gives."""
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "episode_ends")
+    return {name: np.array(values) for name, values in zip(names, zip(*transitions))}
+
+
+def bonus_q_is_stored(args: Args) -> bool:
+    """Whether the bonus asks for a q that does not change."""
+    has_q = args.sera_coef != 0 and args.sera_bonus in ("q", "v")
+    return has_q and args.sera_critic != "current"
+
+
+@torch.no_grad()
+def store_bonus_q(run: "Run", args: Args, first: int, end: int) -> None:
+    """Under frozen critics the q of a transition never changes, and is stored with it."""
+    if not bonus_q_is_stored(args):
+        return
+    for start in range(first, end, 10_000):
+        batch = run.buffer.as_columns(run.buffer.table[start : min(start + 10_000, end)])
+        batch["bonus_q"].copy_(conditioning_value(run.bonus_agent, batch, args))
 
 
 # ------------------------------ environment and evaluation (shared)

@@ -60,6 +60,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+# Before torch is imported. Threads that wait should sleep: else one busy neighbour on a core makes
+# two threads a hundred times slower. And oneDNN should not round float32 products to bfloat16.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+
 import filelock
 import gymnasium
 import h5py
@@ -85,6 +90,7 @@ class Args:
     physics: Literal["d4rl", "gymnasium"] = "d4rl"  # D4RL's masses and margins, or -v4 as shipped
     seed: int = 1  # seed of networks, batches and environment
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    threads: int | None = None  # of the CPU; by default one or a few, whichever is faster at start
     cudagraphs: bool = True  # on a GPU record each kind of training step once, and replay it
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile the update; auto: on a GPU only
     run_dir: str | None = None  # output folder; by default runs/<env>__<script>__<seed>__<time>
@@ -512,23 +518,22 @@ def online_phase(run: "Run", args: Args) -> None:
             end_of_step(run, args, logs, between_episodes=done)
 
 
+def is_random_step(run: "Run", args: Args) -> bool:
+    """From scratch, without a dataset, the first steps only gather transitions."""
+    return run.buffer.offline_size == 0 and run.step <= args.learning_starts
+
+
 def explore(run: "Run", args: Args, observation: np.ndarray) -> np.ndarray:
     """An action (a,) to learn from: the policy's, with its noise, or a random one."""
-    if run.buffer.offline_size == 0 and run.step <= args.learning_starts:
+    if is_random_step(run, args):
         return (2 * torch.rand(run.env.action_space.shape) - 1).numpy()
     return act(run, observation[None], deterministic=False)[0]
-
-
-def stack_transitions(transitions: list[tuple]) -> dict[str, np.ndarray]:
-    """A list of transitions as the columns that load_d4rl gives."""
-    names = ("observations", "actions", "rewards", "next_observations", "terminals", "episode_ends")
-    return {name: np.array(values) for name, values in zip(names, zip(*transitions))}
 
 
 def online_updates(run: "Run", args: Args) -> dict[str, Tensor]:
     """The updates that belong to one environment step; the logs of the last, if any are due."""
     rows = online_batch(run.buffer, args)
-    if rows is None or (run.buffer.offline_size == 0 and run.step <= args.learning_starts):
+    if rows is None or is_random_step(run, args):
         return {}
     for number in range(args.updates_per_step):
         policy_due = policy_is_due((run.step - 1) * args.updates_per_step + number + 1, args)
@@ -570,37 +575,16 @@ def sample_and_update(run: "Run", args: Args, kind: StepKind) -> dict[str, Tenso
     batch = run.buffer.sample(kind.offline_rows, kind.online_rows)
     logs = {}
     if kind.online and args.sera_coef:
-        pool = sample_pool(run.buffer, args, kind)
+        pool = None  # neighbours are sought in the batch itself
+        if args.sera_pool and args.sera_bonus != "constant":
+            pool = run.buffer.sample_as(kind, args.sera_pool)
         bonus, logs = pay(run.bonus_agent, batch, run.varying_dims, args, kind.log, pool)
         batch["rewards"] = batch["rewards"] + bonus  # the buffer keeps its own
     return logs | learn(run.agent, run.optimizer, batch, args, kind)
 
 
-def sample_pool(buffer: "ReplayBuffer", args: Args, kind: StepKind) -> dict[str, Tensor] | None:
-    """With --sera-pool, so many transitions for neighbours, mixed as the batch is."""
-    if args.sera_pool == 0 or args.sera_bonus == "constant":
-        return None
-    offline_share = kind.offline_rows / (kind.offline_rows + kind.online_rows)
-    offline_rows = round(args.sera_pool * offline_share)
-    return buffer.sample(offline_rows, args.sera_pool - offline_rows)
-
-
-@torch.no_grad()
-def store_bonus_q(run: "Run", args: Args, first: int, end: int) -> None:
-    """Under frozen critics the q of a transition never changes, and is stored with it."""
-    if not bonus_q_is_stored(args):
-        return
-    for start in range(first, end, 10_000):
-        batch = run.buffer.as_columns(run.buffer.table[start : min(start + 10_000, end)])
-        batch["bonus_q"].copy_(conditioning_value(run.bonus_agent, batch, args))
-
-
-def bonus_q_is_stored(args: Args) -> bool:
-    has_q = args.sera_coef != 0 and args.sera_bonus in ("q", "v")
-    return has_q and args.sera_critic != "current"
-
-
 def log_is_due(run: "Run", args: Args) -> bool:
+    """Every --log-every steps, and with the last of a phase."""
     return run.step % args.log_every == 0 or run.step == run.steps_of_phase(args)
 
 
@@ -685,14 +669,13 @@ def prepare_optimizer(optimizer: Optimizer, device: torch.device) -> None:
         group["lr"] = torch.as_tensor(group["lr"], device=device) if on_gpu else float(group["lr"])
 
 
-def use_gpu(run: "Run", args: Args) -> None:
-    """Recorded steps, and TF32 for matrix products, as the authors' JAX code has on such cards."""
-    torch.set_float32_matmul_precision("high")
+def record_steps(run: "Run", args: Args) -> None:
+    """Training steps and the policy as recordings."""
     prepare_optimizer(run.optimizer, run.device)
     if args.cudagraphs:
         run.recorded_step = Recording(functools.partial(sample_and_update, run, args))
         run.recorded_policy = Recording(
-            torch.no_grad()(lambda deterministic, inputs: run.agent.act(inputs, deterministic))
+            lambda deterministic, observations: run.agent.act(observations, deterministic)
         )
 
 
@@ -963,6 +946,33 @@ class ReplayBuffer:
             torch.addcmul(self.offline_count, online, self.online_count, out=online)
         return self.as_columns(self.table[indices.long()])
 
+    def sample_as(self, kind: StepKind, count: int) -> dict[str, Tensor]:
+        """A batch of another size, mixed as that of the step is."""
+        offline_rows = round(count * kind.offline_rows / (kind.offline_rows + kind.online_rows))
+        return self.sample(offline_rows, count - offline_rows)
+
+
+def stack_transitions(transitions: list[tuple]) -> dict[str, np.ndarray]:
+    """A list of transitions as the columns that load_d4rl gives."""
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "episode_ends")
+    return {name: np.array(values) for name, values in zip(names, zip(*transitions))}
+
+
+def bonus_q_is_stored(args: Args) -> bool:
+    """Whether the bonus asks for a q that does not change."""
+    has_q = args.sera_coef != 0 and args.sera_bonus in ("q", "v")
+    return has_q and args.sera_critic != "current"
+
+
+@torch.no_grad()
+def store_bonus_q(run: "Run", args: Args, first: int, end: int) -> None:
+    """Under frozen critics the q of a transition never changes, and is stored with it."""
+    if not bonus_q_is_stored(args):
+        return
+    for start in range(first, end, 10_000):
+        batch = run.buffer.as_columns(run.buffer.table[start : min(start + 10_000, end)])
+        batch["bonus_q"].copy_(conditioning_value(run.bonus_agent, batch, args))
+
 
 # ------------------------------ environment and evaluation (shared)
 def use_d4rl_physics(env: gymnasium.Env) -> None:
@@ -1114,6 +1124,7 @@ class Run:
     train_scores: list[float] = field(default_factory=list)  # of online episodes
 
     device: torch.device | None = None
+    threads: int = 1  # of the CPU
     run_dir: Path | None = None
     data_sha256: str | None = None
     varying_dims: Tensor | None = None  # the dimensions of observations that ever change
@@ -1154,6 +1165,7 @@ def save_checkpoint(run: Run, args: Args) -> None:
         "scheduler": run.scheduler.state_dict() if run.scheduler else None,
         "normalizer": {"mean": torch.as_tensor(buffer.mean), "std": torch.as_tensor(buffer.std)},
         "online_rows": buffer.table[buffer.offline_size : buffer.size].clone(),
+        "threads": run.threads,
         "rng_cpu": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
         "rng_env": run.env.unwrapped.np_random.bit_generator.state,
@@ -1189,7 +1201,7 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def restore(run: Run, checkpoint: dict) -> None:
+def restore(run: Run, args: Args, checkpoint: dict) -> None:
     """Put a checkpoint into a freshly made run. ValueError if that has other data."""
     if checkpoint["data_sha256"] != run.data_sha256:
         fix = "name its own with --dataset-path"
@@ -1206,6 +1218,7 @@ def restore(run: Run, checkpoint: dict) -> None:
         run.scheduler.load_state_dict(checkpoint["scheduler"])
     if len(checkpoint["online_rows"]):
         run.buffer.append_rows(checkpoint["online_rows"])
+    run.threads = args.threads or checkpoint["threads"]
     run.env.unwrapped.np_random.bit_generator.state = checkpoint["rng_env"]
     torch.set_rng_state(checkpoint["rng_cpu"])
     if run.device.type == "cuda" and checkpoint["rng_cuda"] is not None:
@@ -1315,6 +1328,7 @@ RESUME_MAY_CHANGE = {
     "resume",
     "dataset_path",
     "device",
+    "threads",
     "cudagraphs",
     "compile",
     "checkpoint_every",
@@ -1437,6 +1451,69 @@ def lock_run_dir(run_dir: Path) -> filelock.BaseFileLock:
     return lock
 
 
+def choose_matmul(device: torch.device) -> None:
+    """Let the faster library multiply float32 matrices.
+
+    On a GPU that is TF32, as the authors' JAX code has it on such cards. On a CPU, MKL is slow on
+    all processors but Intel's, and "medium" means oneDNN, held to float32 by ONEDNN_MAX_CPU_ISA.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        return
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.exists() or "GenuineIntel" in cpu.read_text():
+        return
+    torch.set_float32_matmul_precision("medium")
+    x = torch.linspace(-1, 1, 256 * 256).reshape(256, 256).sin()
+    error = (x @ x - x.double() @ x.double()).abs().max()
+    if error > 1e-5 * (x.double() @ x.double()).abs().max():
+        torch.set_float32_matmul_precision("highest")
+        say(f"oneDNN rounds float32 products (error {error:.0e}): going on with MKL")
+
+
+def choose_threads(run: Run, args: Args) -> int:
+    """CPU threads: as --threads or OMP_NUM_THREADS say, else by timing updates with a few numbers.
+
+    More threads have to be a fifth faster, and never are they all of a large machine's.
+    """
+    if args.threads:
+        return args.threads
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    if run.device.type == "cuda" or run.buffer.size == 0:
+        return 1
+    rng_state = torch.get_rng_state()
+    rates = {}
+    for threads in (1, 2, 4):
+        if threads <= torch.get_num_threads() or threads == 1:
+            rates[threads] = updates_per_second(run, args, threads)
+    torch.set_rng_state(rng_state)
+    best = 1
+    for threads, rate in rates.items():
+        if rate > 1.2 * rates[best]:
+            best = threads
+    timed = ", ".join(f"{threads}: {rate:.0f}/s" for threads, rate in rates.items())
+    say(f"threads: {best} (updates with {timed})")
+    return best
+
+
+def updates_per_second(run: Run, args: Args, threads: int, seconds: float = 0.4) -> float:
+    """Speed of updates of a copy of the agent, which is thrown away."""
+    all_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    agent, optimizer = copy.deepcopy((run.agent, run.optimizer))
+    kind = StepKind(False, args.batch_size, 0, True, False)
+    count = -2  # the first two warm up
+    start = time.perf_counter()
+    while count < 2 or time.perf_counter() - start < seconds:
+        update(agent, optimizer, run.buffer.sample(args.batch_size, 0), args, kind)
+        count += 1
+        if count == 0:
+            start = time.perf_counter()
+    torch.set_num_threads(all_threads)
+    return count / (time.perf_counter() - start)
+
+
 def keep_large_blocks() -> None:
     """Make glibc keep freed memory: what the kernel hands out anew, it clears, which takes time."""
     if platform.libc_ver()[0] != "glibc":
@@ -1462,6 +1539,7 @@ def set_up(
     device = torch.device("cuda" if use_cuda else "cpu")
 
     data, data_file, data_sha256 = load_data(args)
+    choose_matmul(device)
     torch.manual_seed(args.seed)
     task, _ = find_task(args.env)
     agent = Agent(task.observation_dim, task.action_dim, args).to(device)
@@ -1480,11 +1558,14 @@ def set_up(
     space = run.env.observation_space
     run.varying_dims = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(device)
     if checkpoint:
-        restore(run, checkpoint)
+        restore(run, args, checkpoint)
         if run.phase == "online":
             store_bonus_q(run, args, 0, run.buffer.offline_size)
+    else:
+        run.threads = choose_threads(run, args)
+    torch.set_num_threads(run.threads)
     if device.type == "cuda":
-        use_gpu(run, args)
+        record_steps(run, args)
     if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda"):
         run.compiled = compile_functions(run)
     video_dirs = [None] * args.eval_episodes
@@ -1501,7 +1582,8 @@ def set_up(
         "versions": versions(),
     }
     start_logs(run, args, config)
-    say(f"{args.env}: {run.buffer.offline_size:,} transitions; {device.type}; {run_dir}")
+    where = device.type if device.type == "cuda" else f"cpu, threads {run.threads}"
+    say(f"{args.env}: {run.buffer.offline_size:,} transitions; {where}; {run_dir}")
     return run
 
 
