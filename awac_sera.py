@@ -269,14 +269,14 @@ def q_conditioned_entropy(
     q_values: Tensor,
     k: int,
     pool: tuple[Tensor, Tensor] | None = None,
-    block: int = 2**22,
+    block: int = 2**24,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """H_i, rho_i and n_i of eqs. (S1) to (S3), without scaling or tanh: (B, d), (B,) -> 3 x (B,).
 
     Up to a constant, d mean(H_i) - psi(k) is the KSG estimate (Kraskov et al. 2004) of the entropy
     of states given their value, in nats. pool: observations (N, d) and q_values (N,) among which
-    neighbours are sought; by default they are the other rows of the batch. block: at most so many
-    distances are held at a time. ValueError unless 1 <= k < B, or k <= N with a pool.
+    neighbours are sought; by default they are the other rows of the batch. block: about so many
+    numbers are held at a time. ValueError unless 1 <= k < B, or k <= N with a pool.
     """
     batch_size, dimension = observations.shape
     pool_observations, pool_q_values = pool or (observations, q_values)
@@ -286,7 +286,8 @@ def q_conditioned_entropy(
         raise ValueError(f"k is {k}, but {pool_size} rows allow 1 to {largest_k}")
 
     radii, counts = [], []
-    rows_at_a_time = max(1, block // pool_size)
+    numbers_per_row = pool_size * (dimension if observations.is_cuda else 1)
+    rows_at_a_time = max(1, block // numbers_per_row)
     for first in range(0, batch_size, rows_at_a_time):
         rows = slice(first, first + rows_at_a_time)
         distances = pairwise_distances(observations[rows], pool_observations)
@@ -527,7 +528,8 @@ def online_updates(run: "Run", args: Args) -> dict[str, Tensor]:
 def online_batch(buffer: "ReplayBuffer", args: Args) -> tuple[int, int] | None:
     """Numbers of dataset and online transitions in a batch.
 
-    Until there are enough online ones for their share, only the dataset's; None if that has none.
+    Until there are enough online ones for their share, only the dataset's, or None if those have
+    no share.
     """
     offline_rows = round(args.batch_size * args.mixing_ratio)
     online_rows = args.batch_size - offline_rows
@@ -1366,6 +1368,10 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--seed is {args.seed}: give a whole number of at most {2**63 - 1}")
     if args.offline_steps + args.online_steps == 0:
         raise ValueError("--offline-steps and --online-steps are both 0: raise one of them")
+    from_scratch = args.offline_steps == 0 and args.mixing_ratio == 0
+    if from_scratch and args.online_steps <= args.learning_starts:
+        fix = f"give less than --online-steps {args.online_steps}, or nothing is learned"
+        raise ValueError(f"--learning-starts is {args.learning_starts}: {fix}")
     needs_neighbours = args.sera_coef and args.sera_bonus != "constant"
     if needs_neighbours and args.sera_pool == 0 and args.sera_k >= args.batch_size:
         fix = f"give less than --batch-size {args.batch_size}"
