@@ -1,14 +1,16 @@
-"""Roll out the policy of a checkpoint and write the transitions as a D4RL-style HDF5 file.
+"""Roll out the policy of a checkpoint and write the transitions as an HDF5 file in D4RL's format.
 
-    python data/collect.py runs/NAME/checkpoint.pt my-data.hdf5 --steps 1e6
+    python data/collect.py runs/NAME/checkpoint.pt my-data.hdf5 --steps 1_000_000
 
-As D4RL made its medium data: actions are sampled, not the mean; episodes follow one another; `timeouts` marks
-the time limit, and the last episode is cut where the file is full. The file can be used with --dataset-path.
+As D4RL made its medium data: actions are sampled, not the mean; episodes follow one another;
+`timeouts` marks the time limit, and the last episode is cut where the file is full. All scripts
+take the file with --dataset-path.
 
-    python data/collect.py ant_hierarch_pol_actor.npz my-maze.hdf5 --env antmaze-umaze-v2 --steps 1e5
+    python data/collect.py ant_hierarch_pol_actor.npz my-maze.hdf5 --env antmaze-umaze-v2
 
-does so with the goal-reaching ant that made D4RL's AntMaze data (weights published with D4RL). It walks from
-cell to cell of the maze to the goal, with noise on its actions. Unlike D4RL's, an episode ends at the goal.
+does so with the goal-reaching ant that made D4RL's AntMaze data (weights published with D4RL). It
+walks from cell to cell of the maze to the goal, with noise on its actions. Unlike D4RL's, an
+episode ends at the goal.
 """
 
 import importlib
@@ -16,35 +18,99 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import gymnasium
 import h5py
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
+from tyro.conf import Positional, arg
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # where the scripts are
+
+TYPES = {
+    "observations": np.float32,
+    "actions": np.float32,
+    "rewards": np.float32,
+    "terminals": bool,
+    "timeouts": bool,
+}
 
 
 @dataclass
 class Args:
-    """Roll out the policy of a checkpoint and write a D4RL-style HDF5 file."""
+    """Roll out a policy and write an HDF5 file in D4RL's format, for --dataset-path of any script.
 
-    checkpoint: tyro.conf.Positional[str]
-    """checkpoint.pt of a run of any *_sera.py, or .npz of D4RL's goal-reaching ant"""
-    output: tyro.conf.Positional[str]
-    """HDF5 file to write"""
-    env: str | None = None
-    """with an .npz: the data set id of AntMaze whose maze it walks"""
-    steps: float = 50_000
-    """transitions"""
+    So a run's policy is sampled, and so D4RL's ant walks through a maze:
+
+    python data/collect.py runs/NAME/checkpoint.pt my-data.hdf5 --steps 1_000_000
+
+    python data/collect.py ant_hierarch_pol_actor.npz my-maze.hdf5 --env antmaze-umaze-v2
+    """
+
+    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
+    """checkpoint.pt of a run of any script, or the .npz of D4RL's goal-reaching ant"""
+    output: Positional[Annotated[str, arg(metavar="OUTPUT")]]
+    """HDF5 file to write; it must not exist yet"""
+    env: Annotated[str | None, arg(metavar="ID")] = None
+    """dataset id of the AntMaze to walk through, with an .npz; a checkpoint knows its own"""
+    steps: int = 50_000
+    """how many transitions to write"""
     seed: int = 0
     """seed of the environment and of the sampled actions"""
 
 
-def next_cell(cells: np.ndarray, start: tuple, end: tuple) -> tuple:
-    """The cell after start on a shortest way to end, found backwards from end; cells: "#" is a wall."""
-    known = [end] if start != end else []
+# ------------------------------ the policy of a checkpoint
+def read_checkpoint(path: str) -> dict:
+    """A whole checkpoint of one of the scripts in this version. ValueError if it is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}: name the checkpoint.pt of a run")
+    try:
+        name = torch.load(path, map_location="cpu", weights_only=True)["script"]
+        script = importlib.import_module(name)
+        return script.read_checkpoint(Path(path))
+    except Exception:  # whatever unpickling may raise
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint of these scripts in this version: name another"
+        ) from None
+
+
+def load_policy(path: str) -> tuple[gymnasium.Env, Callable, dict]:
+    """A run's environment, its sampled policy (d,) -> (a,), and attributes for the file."""
+    checkpoint = read_checkpoint(path)
+    script = importlib.import_module(checkpoint["script"])
+    args = script.Args(**checkpoint["args"])
+    task, _ = script.find_task(args.env)
+    agent = script.Agent(task.observation_dim, task.action_dim, args)
+    agent.load_state_dict(checkpoint["agent"])
+    mean = checkpoint["normalizer"]["mean"].numpy()
+    std = checkpoint["normalizer"]["std"].numpy()
+
+    @torch.no_grad()
+    def policy(observation: np.ndarray) -> np.ndarray:
+        normalized = ((observation - mean) / std).astype(np.float32)
+        return agent.act(torch.from_numpy(normalized)[None], deterministic=False)[0].numpy()
+
+    attributes = {
+        "env": args.env,
+        "physics": args.physics,
+        "script": checkpoint["script"],
+        "training_seed": args.seed,
+        "training_phase": checkpoint["phase"],
+        "training_step": checkpoint["step"],
+    }
+    return script.make_env(args.env, args.physics), policy, attributes
+
+
+# ------------------------------ D4RL's goal-reaching ant
+def next_cell(cells: np.ndarray, start: tuple[int, int], end: tuple[int, int]) -> tuple[int, int]:
+    """The cell after start on a shortest way to end, or end if there is none; "#" is a wall."""
+    if start == end:
+        return end
+    known = [end]  # from which end can be reached
     for row, column in known:  # grows meanwhile: breadth first
         for cell in ((row, column - 1), (row, column + 1), (row + 1, column), (row - 1, column)):
             if cell == start:
@@ -54,113 +120,138 @@ def next_cell(cells: np.ndarray, start: tuple, end: tuple) -> tuple:
     return end
 
 
-def walker(path: str, env) -> Callable[[np.ndarray], np.ndarray]:
-    """The goal-reaching ant as a policy for an AntMazeEnv: sampled actions (8,), noise added as D4RL did."""
-    try:
-        weights = dict(np.load(path))
-        layers = [(weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in ("fc0", "fc1", "last_fc")]
-        spread = weights["last_fc_log_std.weight"], weights["last_fc_log_std.bias"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not D4RL's goal-reaching ant ({error})") from None
+class MazeWalker:
+    """A policy for an AntMazeEnv, (29,) -> (8,): sampled actions, and the noise that D4RL added.
 
-    width = importlib.import_module("envs.antmaze").CELL
-    start = np.argwhere(env.cells == "R")[0]
+    The network sees the ant without its place, and the direction in which to walk.
+    """
 
-    def cell(position: np.ndarray) -> tuple:
-        return tuple(int(index) for index in start + np.round(position[::-1] / width))
+    def __init__(self, path: str, env: gymnasium.Env):
+        from envs.antmaze import CELL
 
-    def policy(observation: np.ndarray) -> np.ndarray:
-        rng, here, goal_cell = env.np_random, observation[:2], cell(env.goal)
-        step = next_cell(env.cells, cell(here), goal_cell)
-        target = env.goal if step == goal_cell else env.position(*step) + rng.uniform(0, 1, 2)
-        direction = 10 * (target - here) / np.linalg.norm(target - here)
-        x = np.concatenate([observation[2:], direction])
-        for weight, bias in layers[:2]:
+        self.env = env
+        self.cell_width = CELL
+        self.start_cell = np.argwhere(env.cells == "R")[0]
+        try:
+            weights = dict(np.load(path))
+            names = ("fc0", "fc1", "last_fc", "last_fc_log_std")
+            layers = [(weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in names]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is not D4RL's goal-reaching ant ({error})") from None
+        *self.hidden_layers, self.mean_layer, self.log_std_layer = layers
+
+    def cell_at(self, position: np.ndarray) -> tuple[int, int]:
+        """The cell (row, column) of a place (x, y)."""
+        row, column = self.start_cell + np.round(position[::-1] / self.cell_width)
+        return int(row), int(column)
+
+    def target(self, position: np.ndarray) -> np.ndarray:
+        """Where to walk from there: the goal if its cell is next, else a place in the next cell."""
+        goal_cell = self.cell_at(self.env.goal)
+        cell = next_cell(self.env.cells, self.cell_at(position), goal_cell)
+        if cell == goal_cell:
+            return self.env.goal
+        return self.env.position(*cell) + self.env.np_random.uniform(0, 1, 2)
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        rng = self.env.np_random
+        position, body = observation[:2], observation[2:]
+        way = self.target(position) - position
+        direction = 10 * way / np.linalg.norm(way)
+        x = np.concatenate([body, direction])
+        for weight, bias in self.hidden_layers:
             x = np.maximum(weight @ x + bias, 0)
-        mean, log_std = layers[2][0] @ x + layers[2][1], np.clip(spread[0] @ x + spread[1], -20, 2)
-        action = np.tanh(mean + np.exp(log_std) * rng.standard_normal(8))
-        return np.clip(action + 0.2 * rng.standard_normal(8), -1, 1).astype(np.float32)
-
-    return policy
-
-
-def trained(path: str) -> tuple:
-    """A run's script, environment, policy and attributes, from its checkpoint."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    script = importlib.import_module(checkpoint["script"])
-    args = script.Args(**checkpoint["args"] | {"device": "cpu"})
-    task = script.find_task(args.env)
-    networks, _ = script.make_networks(task.observation_dim, task.action_dim, args)
-    for name, saved in checkpoint["networks"].items():
-        networks[name].load_state_dict(saved)
-    mean, std = (checkpoint["normalizer"][name].numpy() for name in ("mean", "std"))
-
-    @torch.no_grad()
-    def policy(observation: np.ndarray) -> np.ndarray:
-        inputs = torch.from_numpy(((observation - mean) / std).astype(np.float32))
-        return script.act(networks, inputs[None], deterministic=False)[0].numpy()
-
-    attributes = {"env": args.env, "physics": args.physics, "script": checkpoint["script"]}
-    attributes |= {"training_seed": args.seed, "training_step": checkpoint["step"]}
-    return script, script.make_env(args.env, args.physics), policy, attributes
+        weight, bias = self.mean_layer
+        mean = weight @ x + bias
+        weight, bias = self.log_std_layer
+        std = np.exp(np.clip(weight @ x + bias, -20, 2))
+        action = np.tanh(mean + std * rng.standard_normal(8))
+        noisy = action + 0.2 * rng.standard_normal(8)
+        return np.clip(noisy, -1, 1).astype(np.float32)
 
 
-def collect(path: str, steps: int, seed: int, maze: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
-    """The five arrays of a D4RL file, (steps, ...) each, and attributes that say how they were made."""
-    if path.endswith(".npz"):
-        script = importlib.import_module("iql_sera")
-        if not (maze or "").startswith("antmaze"):
-            raise ValueError(f"--env is {maze}: name a data set of AntMaze, such as antmaze-umaze-v2")
-        env = script.make_env(maze)
-        policy, attributes = walker(path, env.unwrapped), {"env": maze, "policy": Path(path).name}
-    elif maze:
-        raise ValueError("--env goes with an .npz: a checkpoint knows its own")
-    else:
-        script, env, policy, attributes = trained(path)
-    torch.manual_seed(seed)
+def load_walker(path: str, dataset_id: str | None) -> tuple[gymnasium.Env, Callable, dict]:
+    """The maze of a dataset id, the ant's policy in it, and attributes for the file."""
+    if not (dataset_id or "").startswith("antmaze"):
+        example = "name a dataset of AntMaze, such as antmaze-umaze-v2"
+        raise ValueError(f"--env is {dataset_id}: {example}")
+    env = importlib.import_module("iql_sera").make_env(dataset_id)  # any script's would do
+    return env, MazeWalker(path, env.unwrapped), {"env": dataset_id, "policy": Path(path).name}
 
-    rows = {name: [] for name in ("observations", "actions", "rewards", "terminals", "timeouts")}
-    returns, episode_return = [], 0.0
+
+# ------------------------------ rolling out
+def roll_out(
+    env: gymnasium.Env, policy: Callable, steps: int, seed: int
+) -> tuple[dict[str, np.ndarray], list[float]]:
+    """The five arrays of a D4RL file, (steps, ...) each, and the returns of whole episodes."""
+    rows = []
+    returns = []
     observation, _ = env.reset(seed=seed)
     for _ in tqdm(range(steps), unit=" steps", mininterval=1):
         action = policy(observation)
-        next_observation, reward, terminated, truncated, _ = env.step(action)
-        row = (observation, action, reward, terminated, truncated and not terminated)
-        for column, value in zip(rows.values(), row):
-            column.append(value)
-        observation, episode_return = next_observation, episode_return + reward
+        next_observation, reward, terminated, truncated, info = env.step(action)
+        rows.append((observation, action, reward, terminated, truncated and not terminated))
+        observation = next_observation
         if terminated or truncated:
-            returns.append(episode_return)
-            (observation, _), episode_return = env.reset(), 0.0
-    arrays = {name: np.array(column, dtype=np.float32) for name, column in rows.items()}
-    arrays |= {name: arrays[name].astype(bool) for name in ("terminals", "timeouts")}
-    attributes |= {"seed": seed, "episodes": len(returns)}
+            returns.append(info["episode"]["r"])
+            observation, _ = env.reset()
+    columns = zip(*rows)
+    arrays = {name: np.array(next(columns), dtype=kind) for name, kind in TYPES.items()}
+    return arrays, returns
+
+
+def collect(args: Args) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays of the file, and attributes that say how they were made."""
+    if args.checkpoint.endswith(".npz"):
+        env, policy, attributes = load_walker(args.checkpoint, args.env)
+    elif args.env:
+        raise ValueError("--env goes with an .npz: a checkpoint knows its own")
+    else:
+        env, policy, attributes = load_policy(args.checkpoint)
+    torch.manual_seed(args.seed)
+    arrays, returns = roll_out(env, policy, args.steps, args.seed)
+    attributes |= {"seed": args.seed, "episodes": len(returns)}
     if returns:
-        score = float(np.mean(script.normalized_score(attributes["env"], np.array(returns))))
-        attributes |= {"mean_return": np.mean(returns), "sd_return": np.std(returns), "mean_score": score}
+        script = importlib.import_module("iql_sera")
+        attributes["mean_return"] = np.mean(returns)
+        attributes["sd_return"] = np.std(returns)
+        attributes["mean_score"] = script.normalized_score(attributes["env"], np.mean(returns))
     return arrays, attributes
+
+
+def check_args(args: Args) -> None:
+    """ValueError, before any work, for what cannot become a file."""
+    if args.steps < 2:
+        raise ValueError(f"--steps is {args.steps}: give a whole number of at least 2")
+    output = Path(args.output)
+    if output.exists():
+        raise ValueError(f"{output} exists: name a new file")
+    if not output.parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent}: name a file in one that exists")
+
+
+def write(path: str, arrays: dict[str, np.ndarray], attributes: dict) -> None:
+    """A new HDF5 file, compressed."""
+    with h5py.File(path, "x") as file:
+        for name, array in arrays.items():
+            file.create_dataset(
+                name, data=array, compression="gzip", compression_opts=9, shuffle=True
+            )
+        file.attrs.update(attributes)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Bad input ends in one sentence on stderr and exit code 2."""
     args = tyro.cli(Args, args=argv)
     try:
-        if args.steps < 2 or not float(args.steps).is_integer():
-            raise ValueError(f"--steps is {args.steps}: give a whole number of at least 2")
-        output = Path(args.output)
-        if output.exists() or not output.parent.is_dir():
-            raise ValueError(
-                f"{output} exists, or its folder does not: name a new file in an existing folder"
-            )
-        arrays, attributes = collect(args.checkpoint, int(args.steps), args.seed, args.env)
-        with h5py.File(output, "x") as file:
-            for name, array in arrays.items():
-                file.create_dataset(name, data=array, compression="gzip", compression_opts=9, shuffle=True)
-            file.attrs.update(attributes)
+        check_args(args)
+        arrays, attributes = collect(args)
+        write(args.output, arrays, attributes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print("\n".join(f"{name}: {value}" for name, value in attributes.items()))
+    for name, value in attributes.items():
+        print(f"{name}: {value}")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,25 @@ import pytest
 
 import calql_sera
 
-ENVS = ("hopper-medium-v2", "walker2d-medium-v2", "halfcheetah-medium-v2", "ant-medium-v2")
-MODEL_ARRAYS = ("body_mass", "body_inertia", "body_ipos", "body_iquat", "geom_margin", "body_subtreemass")
+HOPPER = "hopper-medium-v2"
+WALKER2D = "walker2d-medium-v2"
+HALFCHEETAH = "halfcheetah-medium-v2"
+ANT = "ant-medium-v2"
+ENVS = (HOPPER, WALKER2D, HALFCHEETAH, ANT)
+MODEL_ARRAYS = (
+    "body_mass",
+    "body_inertia",
+    "body_ipos",
+    "body_iquat",
+    "geom_margin",
+    "body_subtreemass",
+)
 
 
 def shipped(env_id):
     """Gymnasium's own environment."""
-    mujoco.set_mju_user_warning(lambda message: None)  # else C code writes a file into the working directory
+    # Else C code writes a file into the working directory.
+    mujoco.set_mju_user_warning(lambda message: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return gymnasium.make(env_id).unwrapped
@@ -35,8 +47,8 @@ def step_from_start(env, action):
 
 # ------------------------------ masses and margins
 def test_hopper_torso():
-    """A capsule of r 0.05, h 0.2 counts as a cylinder of length 0.45, with numbers worked out by hand."""
-    model = calql_sera.make_env("hopper-medium-v2").unwrapped.model
+    """A capsule of r 0.05, h 0.2 counts as a cylinder of length 0.45; worked out by hand."""
+    model = calql_sera.make_env(HOPPER).unwrapped.model
     torso = model.body("torso").id
     axial, *transverse = np.sort(model.body_inertia[torso])
     assert model.body_mass[torso] == pytest.approx(3.5342917, abs=1e-7)
@@ -47,14 +59,14 @@ def test_hopper_torso():
 @pytest.mark.parametrize(
     ("env", "physics", "total"),
     [
-        ("hopper-medium-v2", "d4rl", 15.265),
-        ("walker2d-medium-v2", "d4rl", 22.698),
-        ("halfcheetah-medium-v2", "d4rl", 14.000),
-        ("ant-medium-v2", "d4rl", 0.8787),
-        ("hopper-medium-v2", "gymnasium", 15.820),
-        ("walker2d-medium-v2", "gymnasium", 23.677),
-        ("halfcheetah-medium-v2", "gymnasium", 14.000),
-        ("ant-medium-v2", "gymnasium", 0.9109),
+        (HOPPER, "d4rl", 15.265),
+        (WALKER2D, "d4rl", 22.698),
+        (HALFCHEETAH, "d4rl", 14.000),
+        (ANT, "d4rl", 0.8787),
+        (HOPPER, "gymnasium", 15.820),
+        (WALKER2D, "gymnasium", 23.677),
+        (HALFCHEETAH, "gymnasium", 14.000),
+        (ANT, "gymnasium", 0.9109),
     ],
 )
 def test_total_mass(env, physics, total):
@@ -63,32 +75,39 @@ def test_total_mass(env, physics, total):
     assert model.body_mass.sum() == pytest.approx(total, abs=5e-5 if total < 1 else 5e-4)
 
 
-@pytest.mark.parametrize(("env", "density"), [(ENVS[0], 1000), (ENVS[1], 1000), (ENVS[3], 5)])
-def test_bodies_of_one_capsule(env, density):
-    """m = rho pi r^2 L, I = m (3 r^2 + L^2) / 12 and m r^2 / 2, L = 2 h + r, on every body of one capsule."""
-    model, compared = calql_sera.make_env(env).unwrapped.model, 0
+@pytest.mark.parametrize(
+    ("env", "density", "bodies"), [(HOPPER, 1000, 4), (WALKER2D, 1000, 7), (ANT, 5, 12)]
+)
+def test_bodies_of_one_capsule(env, density, bodies):
+    """m = rho pi r^2 L, I = m (3 r^2 + L^2) / 12 and m r^2 / 2, L = 2 h + r, for each of them."""
+    model = calql_sera.make_env(env).unwrapped.model
+    compared = 0
     for body in range(1, model.nbody):
         geoms = np.flatnonzero(model.geom_bodyid == body)
-        if len(geoms) == 1 and model.geom_type[geoms[0]] == mujoco.mjtGeom.mjGEOM_CAPSULE:
-            r, h, _ = model.geom_size[geoms[0]]
-            length = 2 * h + r
-            mass = density * np.pi * r**2 * length
-            transverse, axial = mass * (3 * r**2 + length**2) / 12, mass * r**2 / 2
-            inertia = sorted([transverse, transverse, axial])
-            assert model.body_mass[body] == pytest.approx(mass, rel=1e-9)
-            np.testing.assert_allclose(np.sort(model.body_inertia[body]), inertia, rtol=1e-9)
-            np.testing.assert_allclose(model.body_ipos[body], model.geom_pos[geoms[0]], atol=1e-12)
-            compared += 1
-    assert compared == {ENVS[0]: 4, ENVS[1]: 7, ENVS[3]: 12}[env]
+        if len(geoms) > 1 or model.geom_type[geoms[0]] != mujoco.mjtGeom.mjGEOM_CAPSULE:
+            continue
+        r, h, _ = model.geom_size[geoms[0]]
+        length = 2 * h + r
+        mass = density * np.pi * r**2 * length
+        transverse = mass * (3 * r**2 + length**2) / 12
+        axial = mass * r**2 / 2
+        inertia = sorted([transverse, transverse, axial])
+        assert model.body_mass[body] == pytest.approx(mass, rel=1e-9)
+        np.testing.assert_allclose(np.sort(model.body_inertia[body]), inertia, rtol=1e-9)
+        np.testing.assert_allclose(model.body_ipos[body], model.geom_pos[geoms[0]], atol=1e-12)
+        compared += 1
+    assert compared == bodies
 
 
 @pytest.mark.parametrize("env", ENVS)
 def test_margins_and_constants(env):
-    """Margins are half of those shipped, shapes are as shipped, derived constants are up to date."""
+    """Margins are half of those shipped, shapes as shipped, derived constants up to date."""
     env = calql_sera.make_env(env)
-    model, original = env.unwrapped.model, shipped(env.spec.id).model
+    model = env.unwrapped.model
+    original = shipped(env.spec.id).model
     np.testing.assert_array_equal(model.geom_margin, original.geom_margin / 2)
-    assert original.geom_margin.max() == {"Hopper-v4": 0.001, "Ant-v4": 0.01}.get(env.spec.id, 0)
+    shipped_margins = {"Hopper-v4": 0.001, "Ant-v4": 0.01}
+    assert original.geom_margin.max() == shipped_margins.get(env.spec.id, 0)
     for name in ("geom_size", "geom_type", "geom_pos", "geom_friction", "body_pos"):
         np.testing.assert_array_equal(getattr(model, name), getattr(original, name))
     assert model.body_subtreemass[0] == pytest.approx(model.body_mass.sum())
@@ -98,15 +117,17 @@ def test_margins_and_constants(env):
 @pytest.mark.parametrize("env", ENVS)
 def test_gymnasium_physics(env):
     """physics="gymnasium" leaves the model as shipped, and the default does not."""
-    made, patched = calql_sera.make_env(env, "gymnasium"), calql_sera.make_env(env).unwrapped.model
-    model, original = made.unwrapped.model, shipped(made.spec.id).model
+    made = calql_sera.make_env(env, "gymnasium")
+    model = made.unwrapped.model
+    original = shipped(made.spec.id).model
     for name in MODEL_ARRAYS:
         np.testing.assert_array_equal(getattr(model, name), getattr(original, name))
+    patched = calql_sera.make_env(env).unwrapped.model
     assert not np.array_equal(patched.body_inertia, original.body_inertia)
 
 
 def test_unknown_names():
-    """ValueError, naming it, for an unknown data set."""
+    """ValueError, naming it, for an unknown dataset."""
     with pytest.raises(ValueError, match="hopper-medum-v2"):
         calql_sera.make_env("hopper-medum-v2")
 
@@ -114,10 +135,12 @@ def test_unknown_names():
 # ------------------------------ around the physics
 @pytest.mark.parametrize("env", ENVS)
 def test_actions_are_clipped(env):
-    """Actions beyond +-1 give the same next state and the same reward as +-1, control cost included."""
+    """Actions beyond +-1 give the same next state and reward as +-1, control cost included."""
     env = calql_sera.make_env(env)
     signs = (-1.0) ** np.arange(env.action_space.shape[0])
-    edge, beyond, within = (step_from_start(env, (scale * signs).astype(np.float32)) for scale in (1, 7, 0.9))
+    edge, beyond, within = (
+        step_from_start(env, (scale * signs).astype(np.float32)) for scale in (1, 7, 0.9)
+    )
     np.testing.assert_array_equal(beyond[0], edge[0])
     assert beyond[1] == edge[1]
     assert not np.array_equal(within[0], edge[0])
@@ -126,11 +149,13 @@ def test_actions_are_clipped(env):
 
 @pytest.mark.parametrize("env", ENVS)
 def test_shapes_and_horizon(env):
-    """Observations and actions have the data set's widths, episodes last 1000 steps, seeds fix the start."""
-    task, made = calql_sera.find_task(env), calql_sera.make_env(env)
+    """Widths are the dataset's, episodes last 1000 steps, seeds fix the start."""
+    task, _ = calql_sera.find_task(env)
+    made = calql_sera.make_env(env)
     observation, _ = made.reset(seed=5)
     assert made.observation_space.shape == observation.shape == (task.observation_dim,)
     assert made.action_space.shape == (task.action_dim,)
+    assert made.spec.id == task.env_id
     assert made.spec.max_episode_steps == 1000
     np.testing.assert_array_equal(made.reset(seed=5)[0], observation)
     assert not np.array_equal(made.reset(seed=6)[0], observation)
@@ -138,7 +163,7 @@ def test_shapes_and_horizon(env):
 
 def test_halfcheetah_is_cut_after_1000_steps():
     """The only end of a HalfCheetah episode is the time limit, which is not a terminal."""
-    env = calql_sera.make_env("halfcheetah-medium-v2")
+    env = calql_sera.make_env(HALFCHEETAH)
     env.reset(seed=0)
     ends = [env.step(np.zeros(6, dtype=np.float32))[2:4] for _ in range(1000)]
     assert ends == [(False, False)] * 999 + [(False, True)]
@@ -147,118 +172,153 @@ def test_halfcheetah_is_cut_after_1000_steps():
 @pytest.mark.parametrize("physics", ["d4rl", "gymnasium"])
 def test_ant_observation(physics):
     """ant has 111 dimensions; the last 84, the contact forces, are 0, and constant by its space."""
-    env = calql_sera.make_env("ant-medium-v2", physics)
-    observations, contacts, rng = [env.reset(seed=0)[0]], 0, np.random.default_rng(0)
+    env = calql_sera.make_env(ANT, physics)
+    rng = np.random.default_rng(0)
+    observations = [env.reset(seed=0)[0]]
+    contacts = 0
     for _ in range(200):
-        observations.append(env.step(rng.uniform(-1, 1, 8).astype(np.float32))[0])
+        observation, *_ = env.step(rng.uniform(-1, 1, 8).astype(np.float32))
+        observations.append(observation)
         contacts += env.unwrapped.data.ncon
-    observations, space = np.array(observations), env.observation_space
+    observations = np.array(observations)
+    space = env.observation_space
     assert observations.shape == (201, 111)
     assert contacts > 0
     assert np.all(observations[:, 27:] == 0)
     assert np.all(observations[:, :27].std(0) > 0)
-    assert np.all(space.low[27:] == 0) and np.all(space.high[27:] == 0)
+    assert np.all(space.low[27:] == 0)
+    assert np.all(space.high[27:] == 0)
     assert np.all(space.low[:27] < space.high[:27])
     assert all(space.contains(observation) for observation in observations)
 
 
 def test_making_an_environment_is_quiet(tmp_path):
     """No warning on stderr and no MUJOCO_LOG.TXT in the working directory; the control has both."""
-    code = "import calql_sera; calql_sera.make_env('halfcheetah-medium-v2').reset(seed=0)"
-    loud = "import gymnasium; gymnasium.make('HalfCheetah-v4')"
-    folder, results = str(Path(calql_sera.__file__).parent), []
-    for name, command in (("quiet", code), ("loud", loud)):
+    commands = {
+        "quiet": "import calql_sera; calql_sera.make_env('halfcheetah-medium-v2').reset(seed=0)",
+        "loud": "import gymnasium; gymnasium.make('HalfCheetah-v4')",
+    }
+    path = {"PYTHONPATH": str(Path(calql_sera.__file__).parent)}
+    results = {}
+    for name, command in commands.items():
         (tmp_path / name).mkdir()
         result = subprocess.run(
-            [sys.executable, "-c", command],
+            [sys.executable, "-B", "-c", command],
             cwd=tmp_path / name,
-            env=os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
+            env=os.environ | path,
             capture_output=True,
             text=True,
             check=True,
         )
-        files = [path.name for path in (tmp_path / name).iterdir()]
-        results.append((result.stdout, result.stderr, files))
-    assert results[0] == ("", "", [])
-    assert "WARN" in results[1][1]
-    assert results[1][2] == ["MUJOCO_LOG.TXT"]
+        files = [file.name for file in (tmp_path / name).iterdir()]
+        results[name] = (result.stdout, result.stderr, files)
+    assert results["quiet"] == ("", "", [])
+    _, warning, files = results["loud"]
+    assert "WARN" in warning
+    assert files == ["MUJOCO_LOG.TXT"]
 
 
 # ------------------------------ replay of genuine transitions
-def replay(env, path, clipped, every=1):
-    """One step from each stored state: observation errors, reward errors, terminal flags made and stored."""
+def read_transitions(path, clipped, every=1):
+    """States (positions, velocities) before each step, and what the file says of the step."""
+    names = (
+        "infos/qpos",
+        "infos/qvel",
+        "actions",
+        "next_observations",
+        "rewards",
+        "terminals",
+    )
     with h5py.File(path) as file:
-        names = ("infos/qpos", "infos/qvel", "actions", "next_observations", "rewards", "terminals")
-        qpos, qvel, actions, next_observations, rewards, terminals = (file[name][:] for name in names)
-    rows = np.arange(0, len(rewards), every)
+        columns = [file[name][::every] for name in names]
     if clipped:  # the file stores velocities clipped to +-10, so such states are not known
-        rows = rows[np.all(np.abs(qvel[rows]) < 9.999, axis=1)]
+        known = np.all(np.abs(columns[1]) < 9.999, axis=1)
+        columns = [column[known] for column in columns]
+    return columns
+
+
+def replay(env, columns):
+    """One step from each stored state: observation errors, reward errors, terminals made."""
     env.reset(seed=0)
-    raw, results = env.unwrapped, []
-    for row in rows:
+    raw = env.unwrapped
+    errors = []
+    reward_errors = []
+    made = []
+    for qpos, qvel, action, next_observation, stored_reward, _ in zip(*columns):
         mujoco.mj_resetData(raw.model, raw.data)  # forgets the solver's warm start
-        raw.set_state(qpos[row].astype(np.float64), qvel[row].astype(np.float64))
-        observation, reward, terminated, *_ = env.step(actions[row])
-        error = np.abs(observation - next_observations[row]).max()
-        results.append((error, abs(reward - rewards[row]), terminated, terminals[row]))
-    return map(np.array, zip(*results))
+        raw.set_state(qpos.astype(np.float64), qvel.astype(np.float64))
+        observation, reward, terminated, *_ = env.step(action)
+        errors.append(np.abs(observation - next_observation).max())
+        reward_errors.append(abs(reward - stored_reward))
+        made.append(terminated)
+    return np.array(errors), np.array(reward_errors), np.array(made)
 
 
 @pytest.mark.parametrize(
-    ("task", "clipped", "rows"),
+    ("robot", "clipped", "rows"),
     [("hopper", True, 761), ("walker2d", True, 1419), ("halfcheetah", False, 2000)],
 )
-def test_replay(task, clipped, rows, real_data):
+def test_replay(robot, clipped, rows, real_data):
     """Every genuine transition is reproduced to the file's precision."""
-    path = real_data / "real-samples" / f"{task}_medium-v2.hdf5"
-    errors, reward_errors, made, stored = replay(calql_sera.make_env(f"{task}-medium-v2"), path, clipped)
-    print(f"{task}: {len(errors)} rows, median {np.median(errors):.2g}, max {errors.max():.2g}", end=", ")
-    print(f"reward {reward_errors.max():.2g}, {stored.sum()} terminals")
+    path = real_data / "real-samples" / f"{robot}_medium-v2.hdf5"
+    columns = read_transitions(path, clipped)
+    terminals = columns[-1]
+    errors, reward_errors, made = replay(calql_sera.make_env(f"{robot}-medium-v2"), columns)
+    median, largest = np.median(errors), errors.max()
+    print(f"{robot}: {len(errors)} rows, median {median:.2g}, max {largest:.2g}", end=", ")
+    print(f"reward {reward_errors.max():.2g}, {terminals.sum()} terminals")
     assert len(errors) == rows
-    assert np.median(errors) < 1e-6
-    assert errors.max() < 1e-4
+    assert median < 1e-6
+    assert largest < 1e-4
     assert reward_errors.max() < 1e-5
-    np.testing.assert_array_equal(made, stored)
-    assert stored.any() or task != "hopper"  # the one sample with terminals
+    np.testing.assert_array_equal(made, terminals)
+    assert terminals.any() or robot != "hopper"  # the one sample with terminals
 
 
-@pytest.mark.parametrize(("task", "clipped"), [("hopper", True), ("walker2d", True), ("halfcheetah", False)])
-def test_replay_fails_with_the_shipped_physics(task, clipped, real_data):
+@pytest.mark.parametrize(
+    ("robot", "clipped"), [("hopper", True), ("walker2d", True), ("halfcheetah", False)]
+)
+def test_replay_fails_with_the_shipped_physics(robot, clipped, real_data):
     """The control: the same test tells Gymnasium's physics from D4RL's."""
-    path = real_data / "real-samples" / f"{task}_medium-v2.hdf5"
-    errors, *_ = replay(calql_sera.make_env(f"{task}-medium-v2", "gymnasium"), path, clipped, every=10)
-    print(f"{task} as shipped: median {np.median(errors):.2g}, max {errors.max():.2g}")
+    path = real_data / "real-samples" / f"{robot}_medium-v2.hdf5"
+    env = calql_sera.make_env(f"{robot}-medium-v2", "gymnasium")
+    errors, *_ = replay(env, read_transitions(path, clipped, every=10))
+    print(f"{robot} as shipped: median {np.median(errors):.2g}, max {errors.max():.2g}")
     assert np.median(errors) > 1e-3
     assert errors.max() > 1e-2
 
 
 # ------------------------------ evaluation
 class Countdown:
-    """Ends after some steps. Observes (seed, time), pays action + 100 time, and may not outlive its end.
+    """Ends after some steps. Observes (seed, time), pays action + 100 time.
 
     Its return and length are in the last step's info, where RecordEpisodeStatistics puts them.
     """
 
     def __init__(self, length, truncates=False):
-        self.length, self.truncates = length, truncates
+        self.length = length
+        self.truncates = truncates
 
     def reset(self, seed=None):
-        self.seed, self.time, self.paid = seed, 0, 0.0
+        self.seed = seed
+        self.time = 0
+        self.paid = 0.0
         return np.array([seed, 0.0]), {}
 
     def step(self, action):
         self.time += 1
         assert self.time <= self.length, "stepped after its end"
         end = self.time == self.length
-        ends = (end and not self.truncates, end and self.truncates)
         reward = action[0] + 100 * self.time
         self.paid += reward
         info = {"episode": {"r": self.paid, "l": self.time}} if end else {}
-        return np.array([self.seed, float(self.time)]), reward, *ends, info
+        terminated = end and not self.truncates
+        truncated = end and self.truncates
+        return np.array([self.seed, float(self.time)]), reward, terminated, truncated, info
 
 
 def test_evaluate():
-    """Returns and lengths of episodes of different length, one policy call per step, each row its own."""
+    """Returns and lengths of unequal episodes; one policy call per step, each row its own."""
     seen = []
 
     def policy(observations):
@@ -270,9 +330,10 @@ def test_evaluate():
     assert returns.tolist() == [2 * 7 + 300, 4 * 3 + 1000, 5 + 100]
     assert lengths.tolist() == [2, 4, 1]
     assert len(seen) == 4
-    assert all(observations.shape == (3, 2) for observations in seen)
-    assert [observations[:, 0].tolist() for observations in seen] == [[7, 3, 5]] * 4  # the seeds, in order
-    assert [observations[1, 1] for observations in seen] == [0, 1, 2, 3]
+    for time, observations in enumerate(seen):
+        assert observations.shape == (3, 2)
+        assert observations[:, 0].tolist() == [7, 3, 5]  # the seeds, in order
+        assert observations[1, 1] == time
     assert [observations[0, 1] for observations in seen[:2]] == [0, 1]
 
 
@@ -281,9 +342,11 @@ def test_evaluate_twice():
     envs = [Countdown(3), Countdown(2)]
 
     def returns(seeds):
-        return calql_sera.evaluate(lambda observations: observations[:, :1], envs, seeds)[0].tolist()
+        result, _ = calql_sera.evaluate(lambda observations: observations[:, :1], envs, seeds)
+        return result.tolist()
 
-    assert returns([1, 2]) == returns([1, 2]) == [603, 304]
+    assert returns([1, 2]) == [603, 304]
+    assert returns([1, 2]) == [603, 304]
     assert returns([2, 1]) == [606, 302]
 
 
@@ -293,9 +356,11 @@ def test_evaluate_real_environments():
     def policy(observations):
         return np.tanh(observations[:, :3] + observations[:, 5:8])
 
-    env, seeds = "hopper-medium-v2", [1, 2, 3]
-    together = calql_sera.evaluate(policy, [calql_sera.make_env(env) for _ in seeds], seeds)
-    alone = [calql_sera.evaluate(policy, [calql_sera.make_env(env)], [seed]) for seed in seeds]
-    np.testing.assert_array_equal(together[0], [returns[0] for returns, _ in alone])
-    np.testing.assert_array_equal(together[1], [lengths[0] for _, lengths in alone])
-    assert len(set(together[0])) == 3
+    seeds = [1, 2, 3]
+    envs = [calql_sera.make_env(HOPPER) for _ in seeds]
+    returns, lengths = calql_sera.evaluate(policy, envs, seeds)
+    for number, seed in enumerate(seeds):
+        alone = calql_sera.evaluate(policy, [calql_sera.make_env(HOPPER)], [seed])
+        assert returns[number] == alone[0]
+        assert lengths[number] == alone[1]
+    assert len(set(returns)) == 3

@@ -1,29 +1,30 @@
-"""Reading D4RL files: what is kept of them, where they are found, and the tables of names and scores."""
+"""Reading D4RL files: what is kept of them, where they are found, names, scores, return ranges."""
 
 import http.server
 import os
 import re
+import sys
 import threading
 
+import corrupt
 import h5py
 import numpy as np
 import pytest
+import torch
 
 import calql_sera
 
-ENV, FILE = "hopper-medium-v2", "hopper_medium-v2.hdf5"
-# Of the ten rows of the hand-made file: row 5 ends both ways, the episode of rows 8 and 9 is cut off.
-TERMINAL, TIMEOUT = (1, 5, 7), (3, 5)
-ROWS = [0, 1, 2, 4, 6, 7, 8]  # to be kept: neither time-outs nor the last row
+ENV = "hopper-medium-v2"
+FILE = "hopper_medium-v2.hdf5"
+# Of the ten rows of the hand-made file: row 5 ends both ways, and the episode of rows 8 and 9 is
+# cut off. Neither timeouts nor the last row are to be kept.
+TERMINALS = (1, 5, 7)
+TIMEOUTS = (3, 5)
+KEPT = [0, 1, 2, 4, 6, 7, 8]
 PACKAGE_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals")
-
-
-def write_hdf5(path, columns):
-    """Store arrays by name and return the path."""
-    with h5py.File(path, "w") as file:
-        for name, column in columns.items():
-            file[name] = column
-    return path
+ROBOTS = ("hopper", "halfcheetah", "walker2d", "ant")
+KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay")
+V0_KINDS = ("random", "medium", "expert", "medium-expert")
 
 
 def hand_made():
@@ -33,28 +34,33 @@ def hand_made():
         "observations": rows[:, None] + np.arange(11) / 16,
         "actions": np.stack([rows / 16, -rows / 16, np.ones(10)], axis=1),
         "rewards": rows[:, None] / 2 + 0.1,  # (N, 1)
-        "terminals": np.isin(rows, TERMINAL).astype(np.float64),
-        "timeouts": np.isin(rows, TIMEOUT).astype(np.float64),
+        "terminals": np.isin(rows, TERMINALS).astype(np.float64),
+        "timeouts": np.isin(rows, TIMEOUTS).astype(np.float64),
     }
 
 
 def random_file():
     """500 Hopper rows of noise with many flags, also in neighbouring rows and in the last one."""
     rng = np.random.default_rng(7)
-    columns = {"observations": rng.normal(size=(500, 11)), "actions": rng.uniform(-1, 1, size=(500, 3))}
-    columns |= {"rewards": rng.normal(size=500), "terminals": rng.random(500) < 0.1}
-    columns |= {"timeouts": rng.random(500) < 0.1}
-    columns["timeouts"][-1] = True
-    return columns
+    arrays = {
+        "observations": rng.normal(size=(500, 11)),
+        "actions": rng.uniform(-1, 1, size=(500, 3)),
+        "rewards": rng.normal(size=500),
+        "terminals": rng.random(500) < 0.1,
+        "timeouts": rng.random(500) < 0.1,
+    }
+    arrays["timeouts"][-1] = True
+    return arrays
 
 
 def gym_samples(real_data):
-    """Data set id and path of every genuine Gym-MuJoCo sample."""
+    """Dataset id and path of every genuine Gym-MuJoCo sample."""
     samples = {}
     for path in sorted((real_data / "real-samples").glob("*.hdf5")):
         match = re.fullmatch(r"((?:hopper|walker2d|halfcheetah|ant)_[a-z_]+)(-v\d)?", path.stem)
         if match:
-            samples[match[1].replace("_", "-") + (match[2] or "-v0")] = path
+            dataset_id = match[1].replace("_", "-") + (match[2] or "-v0")
+            samples[dataset_id] = path
     assert samples
     return samples
 
@@ -63,19 +69,27 @@ def assert_equal_to_package(d4rl, env, path):
     """The loader's arrays are those of d4rl.qlearning_dataset, bit for bit."""
     with h5py.File(path) as file:
         raw = {name: file[name][:] for name in file if isinstance(file[name], h5py.Dataset)}
-    expected = d4rl.qlearning_dataset(None, raw | {"rewards": raw["rewards"].reshape(-1)})
-    loaded = calql_sera.load_d4rl(env, str(path))
+    raw["rewards"] = raw["rewards"].reshape(-1)
+    expected = d4rl.qlearning_dataset(None, raw)
+    loaded = calql_sera.load_d4rl(env, path)
     for name in PACKAGE_COLUMNS:
         assert loaded[name].dtype == expected[name].dtype, (env, name)
         assert loaded[name].shape == expected[name].shape, (env, name)
         assert loaded[name].tobytes() == expected[name].tobytes(), (env, name)
 
 
+def url(dataset_id):
+    """The address that a dataset would be downloaded from."""
+    _, server_path = calql_sera.find_task(dataset_id)
+    return f"{calql_sera.SERVER}/{server_path}"
+
+
 @pytest.fixture(scope="module")
 def d4rl():
     """The original package, if it is installed: the oracle."""
     os.environ["D4RL_SUPPRESS_IMPORT_ERROR"] = "1"
-    return pytest.importorskip("d4rl", reason="the d4rl package is not installed", exc_type=ImportError)
+    reason = "the d4rl package is not installed"
+    return pytest.importorskip("d4rl", reason=reason, exc_type=ImportError)
 
 
 @pytest.fixture
@@ -88,7 +102,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server in place of D4RL's, which gives its answer (status, headers, body) and notes paths."""
+    """A web server in place of D4RL's: sends its answer (status, headers, body), notes paths."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -108,7 +122,8 @@ def server(monkeypatch):
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(calql_sera, "SERVER", f"http://127.0.0.1:{server.server_port}/base")
+        address = f"http://127.0.0.1:{server.server_port}/base"
+        monkeypatch.setattr(calql_sera, "SERVER", address)
         yield server
         server.shutdown()
         thread.join()
@@ -116,83 +131,121 @@ def server(monkeypatch):
 
 # ------------------------------ what is kept
 def test_hand_made_file(tmp_path):
-    """Rows kept, dones against terminals, next observations (a terminal's is the next episode's first)."""
-    data = calql_sera.load_d4rl(ENV, str(write_hdf5(tmp_path / "x.hdf5", hand_made())))
-    assert set(data) == {*PACKAGE_COLUMNS, "dones"}
-    assert data["observations"][:, 0].tolist() == ROWS
-    assert data["observations"][2].tolist() == [2 + i / 16 for i in range(11)]
+    """Rows kept, episode_ends against terminals, next observations.
+
+    A terminal row's next observation is the next episode's first.
+    """
+    data = calql_sera.load_d4rl(ENV, corrupt.write(tmp_path / "x.hdf5", hand_made()))
+    assert set(data) == {*PACKAGE_COLUMNS, "episode_ends"}
+    assert data["observations"][:, 0].tolist() == KEPT
+    assert data["observations"][2].tolist() == [2 + column / 16 for column in range(11)]
     assert data["next_observations"][:, 0].tolist() == [1, 2, 3, 5, 7, 8, 9]
-    assert data["next_observations"][-1].tolist() == [9 + i / 16 for i in range(11)]
-    assert data["actions"].tolist() == [[i / 16, -i / 16, 1] for i in ROWS]
-    assert data["rewards"].tolist() == [np.float32(i / 2 + 0.1) for i in ROWS]
+    assert data["next_observations"][-1].tolist() == [9 + column / 16 for column in range(11)]
+    assert data["actions"].tolist() == [[row / 16, -row / 16, 1] for row in KEPT]
+    assert data["rewards"].tolist() == [np.float32(row / 2 + 0.1) for row in KEPT]
     assert data["terminals"].tolist() == [False, True, False, False, False, True, False]
-    assert data["dones"].tolist() == [False, True, True, True, False, True, True]
+    assert data["episode_ends"].tolist() == [False, True, True, True, False, True, True]
 
 
 def test_types_and_shapes(tmp_path):
-    """Everything comes as float32 or bool, rewards and flags one-dimensional, from float64 and (N, 1) too."""
-    wide = {name: column.reshape(10, -1) for name, column in hand_made().items()}  # flags as (N, 1) as well
-    for number, columns in enumerate((hand_made(), wide)):
-        data = calql_sera.load_d4rl(ENV, str(write_hdf5(tmp_path / f"{number}.hdf5", columns)))
-        shapes = {name: (str(column.dtype), column.shape) for name, column in data.items()}
-        assert shapes == {
+    """All comes as float32 or bool, rewards and flags (N,), from float64 and (N, 1) too."""
+    # Flags as (N, 1) as well:
+    wide = {name: array.reshape(10, -1) for name, array in hand_made().items()}
+    for number, arrays in enumerate((hand_made(), wide)):
+        data = calql_sera.load_d4rl(ENV, corrupt.write(tmp_path / f"{number}.hdf5", arrays))
+        found = {name: (str(array.dtype), array.shape) for name, array in data.items()}
+        assert found == {
             "observations": ("float32", (7, 11)),
             "actions": ("float32", (7, 3)),
             "rewards": ("float32", (7,)),
             "next_observations": ("float32", (7, 11)),
             "terminals": ("bool", (7,)),
-            "dones": ("bool", (7,)),
+            "episode_ends": ("bool", (7,)),
         }
 
 
-def test_dones_of_a_random_file(tmp_path):
-    """dones is the last kept row of every trajectory, found here by walking through the file."""
-    columns = random_file()
-    kept, dones = [], []
+def test_episode_ends_of_a_random_file(tmp_path):
+    """An episode ends with its last kept row, found here by walking through the file."""
+    arrays = random_file()
+    kept = []
+    ends = []
     for row in range(500):
-        ends = columns["terminals"][row] or columns["timeouts"][row] or row == 499
-        if not columns["timeouts"][row] and row < 499:
+        if arrays["timeouts"][row] or row == 499:
+            if ends:
+                ends[-1] = True  # this row is left out: its episode ended with the row before
+        else:
             kept.append(row)
-            dones.append(bool(ends))
-        elif dones:
-            dones[-1] = True  # this row is dropped, so its trajectory ended with the row kept before it
-    data = calql_sera.load_d4rl(ENV, str(write_hdf5(tmp_path / "x.hdf5", columns)))
-    np.testing.assert_array_equal(data["observations"], columns["observations"][kept].astype(np.float32))
-    assert data["dones"].tolist() == dones
-    assert np.all(data["dones"][data["terminals"]])
-    assert data["dones"].sum() > data["terminals"].sum()
+            ends.append(bool(arrays["terminals"][row]))
+    data = calql_sera.load_d4rl(ENV, corrupt.write(tmp_path / "x.hdf5", arrays))
+    observations = arrays["observations"][kept].astype(np.float32)
+    np.testing.assert_array_equal(data["observations"], observations)
+    assert data["episode_ends"].tolist() == ends
+    assert np.all(data["episode_ends"][data["terminals"]])
+    assert data["episode_ends"].sum() > data["terminals"].sum()
 
 
 def test_stored_next_observations_are_not_used(tmp_path):
     """A file's own next_observations make no difference, as in the package."""
-    columns = hand_made() | {"next_observations": np.full((10, 11), 77.0)}
-    data = calql_sera.load_d4rl(ENV, str(write_hdf5(tmp_path / "x.hdf5", columns)))
+    arrays = hand_made() | {"next_observations": np.full((10, 11), 77.0)}
+    data = calql_sera.load_d4rl(ENV, corrupt.write(tmp_path / "x.hdf5", arrays))
     assert data["next_observations"][:, 0].tolist() == [1, 2, 3, 5, 7, 8, 9]
 
 
 def test_every_real_sample_loads(real_data):
     """Each genuine Gym-MuJoCo sample: sensible shapes, types, ends and consecutive states."""
     for env, path in gym_samples(real_data).items():
-        data, task = calql_sera.load_d4rl(env, str(path)), calql_sera.find_task(env)
+        data = calql_sera.load_d4rl(env, path)
+        task, _ = calql_sera.find_task(env)
         with h5py.File(path) as file:
-            rows, timeouts = len(file["rewards"]), int(file["timeouts"][:-1].sum())
+            rows = len(file["rewards"])
+            timeouts = int(file["timeouts"][:-1].sum())
         n = rows - 1 - timeouts
-        assert data["observations"].shape == data["next_observations"].shape == (n, task.observation_dim), env
-        assert data["actions"].shape == (n, task.action_dim), env
-        assert all(data[name].shape == (n,) for name in ("rewards", "terminals", "dones")), env
-        assert all(np.isfinite(column).all() for column in data.values()), env
-        assert data["dones"].sum() == 2 and data["dones"][-1], env  # the samples hold two episodes
-        inside = ~data["dones"][:-1]
         observations, next_observations = data["observations"], data["next_observations"]
+        assert observations.shape == next_observations.shape == (n, task.observation_dim), env
+        assert data["actions"].shape == (n, task.action_dim), env
+        for name in ("rewards", "terminals", "episode_ends"):
+            assert data[name].shape == (n,), (env, name)
+        assert all(np.isfinite(array).all() for array in data.values()), env
+        assert data["episode_ends"].sum() == 2, env  # the samples hold two episodes
+        assert data["episode_ends"][-1], env
+        inside = ~data["episode_ends"][:-1]
         np.testing.assert_array_equal(next_observations[:-1][inside], observations[1:][inside])
         assert not np.array_equal(next_observations, observations), env
+
+
+# ------------------------------ what HDF5 itself finds
+@pytest.mark.parametrize("kind", corrupt.FOLLOWED)
+def test_arrays_that_lie_elsewhere(kind, tmp_path):
+    """Behind a link, in another file, put together from others: the same data."""
+    expected = calql_sera.load_d4rl(ENV, corrupt.write(tmp_path / "y.hdf5", corrupt.columns()))
+    for seed, name in enumerate(corrupt.NAMES):
+        path = tmp_path / "x.hdf5"
+        corrupt.damage_array(path, kind, name, seed)
+        data = calql_sera.load_d4rl(ENV, path)
+        for column, array in expected.items():
+            np.testing.assert_array_equal(data[column], array, err_msg=f"{name}: {column}")
+        path.unlink()
+
+
+def test_an_array_that_was_never_written(tmp_path):
+    """It is zeros, HDF5's fill value: no actions but zeros, and no flag is set."""
+    for seed, name in enumerate(corrupt.NAMES):
+        path = tmp_path / "x.hdf5"
+        corrupt.damage_array(path, "never written", name, seed)
+        data = calql_sera.load_d4rl(ENV, path)
+        if name == "timeouts":
+            assert np.flatnonzero(data["episode_ends"]).tolist() == [9, 28]  # 19 is gone
+        else:
+            assert not data[name].any(), name
+        path.unlink()
 
 
 # ------------------------------ the original package as oracle
 def test_equal_to_the_package_on_made_up_files(d4rl, tmp_path):
     """Bit for bit what d4rl.qlearning_dataset gives, for the hand-made file and a random one."""
-    for number, columns in enumerate((hand_made(), random_file())):
-        assert_equal_to_package(d4rl, ENV, write_hdf5(tmp_path / f"{number}.hdf5", columns))
+    for number, arrays in enumerate((hand_made(), random_file())):
+        path = corrupt.write(tmp_path / f"{number}.hdf5", arrays)
+        assert_equal_to_package(d4rl, ENV, path)
 
 
 def test_equal_to_the_package_on_real_samples(d4rl, real_data):
@@ -201,41 +254,117 @@ def test_equal_to_the_package_on_real_samples(d4rl, real_data):
         assert_equal_to_package(d4rl, env, path)
 
 
-def test_table_of_data_sets(d4rl):
-    """All Gym-MuJoCo ids of the package's v0 to v2, no others, and the same addresses."""
-    pattern = re.compile(r"(hopper|halfcheetah|walker2d|ant)-.*-v[012]")
-    expected = {env: url for env, url in d4rl.infos.DATASET_URLS.items() if pattern.fullmatch(env)}
-    known = {env: f"{calql_sera.SERVER}/{file}" for env, file in calql_sera.DATASETS.items()}
-    known = {env: url for env, url in known.items() if not env.startswith("antmaze")}  # in test_antmaze.py
-    assert known.pop("hopper-medium-mini")  # comes with the repository
-    assert len(expected) > 60 and known == expected
+def test_addresses_of_v1_and_v2(d4rl):
+    """All Gym-MuJoCo ids of the package's v1 and v2, no others, and the same addresses."""
+    assert tuple(calql_sera.TASKS) == ROBOTS
+    assert calql_sera.KINDS == KINDS
+    known = {}
+    for robot in ROBOTS:
+        for kind in KINDS:
+            for version in (1, 2):
+                dataset_id = f"{robot}-{kind}-v{version}"
+                known[dataset_id] = url(dataset_id)
+    pattern = re.compile(rf"({'|'.join(ROBOTS)})-.*-v[12]")
+    expected = {}
+    for dataset_id, address in d4rl.infos.DATASET_URLS.items():
+        if pattern.fullmatch(dataset_id):
+            expected[dataset_id] = address
+    assert len(expected) == 48
+    assert known == expected
 
 
-def test_table_of_scores(d4rl):
-    """The package's reference scores, for every id that it has some for."""
-    known = {env: calql_sera.find_task(env) for env in calql_sera.DATASETS if env != "hopper-medium-mini"}
+def test_addresses_of_v0(d4rl):
+    """The package's v0 but for two kinds: "mixed", which has a path alone, and random-expert."""
+    known = {}
+    for robot in ROBOTS:
+        for kind in V0_KINDS:
+            known[f"{robot}-{kind}-v0"] = url(f"{robot}-{kind}-v0")
+    pattern = re.compile(rf"({'|'.join(ROBOTS)})-(.*)-v0")
+    expected = {}
+    other_kinds = set()
+    for dataset_id, address in d4rl.infos.DATASET_URLS.items():
+        match = pattern.fullmatch(dataset_id)
+        if match and match[2] in V0_KINDS:
+            expected[dataset_id] = address
+        elif match:
+            other_kinds.add(match[2])
+    assert known == expected
+    assert other_kinds == {"medium-replay", "random-expert"}
+
+
+def test_reference_scores(d4rl):
+    """The package's reference scores, for every id that it has."""
     lowest, highest = d4rl.infos.REF_MIN_SCORE, d4rl.infos.REF_MAX_SCORE
-    assert {env for env in known if env not in lowest} == {"ant-random-expert-v0"}
-    for env in known.keys() & lowest:
-        assert (known[env].random_return, known[env].expert_return) == (lowest[env], highest[env]), env
+    for robot in ROBOTS:
+        for version, kinds in enumerate((V0_KINDS, KINDS, KINDS)):
+            for kind in kinds:
+                dataset_id = f"{robot}-{kind}-v{version}"
+                task, _ = calql_sera.find_task(dataset_id)
+                assert task.random_return == lowest[dataset_id], dataset_id
+                assert task.expert_return == highest[dataset_id], dataset_id
 
 
 # ------------------------------ names and scores by hand
 @pytest.mark.parametrize(
-    ("env", "file"),
+    ("env", "env_id", "file"),
     [
-        ("hopper-medium-v2", "gym_mujoco_v2/hopper_medium-v2.hdf5"),
-        ("halfcheetah-medium-expert-v1", "gym_mujoco_v1/halfcheetah_medium_expert-v1.hdf5"),
-        ("ant-full-replay-v2", "gym_mujoco_v2/ant_full_replay-v2.hdf5"),
-        ("hopper-medium-replay-v0", "gym_mujoco/hopper_mixed.hdf5"),
-        ("walker2d-medium-replay-v0", "gym_mujoco/walker_mixed.hdf5"),
-        ("walker2d-medium-v0", "gym_mujoco/walker2d_medium.hdf5"),
-        ("ant-random-expert-v0", "gym_mujoco/ant_random_expert.hdf5"),
+        ("hopper-medium-v2", "Hopper-v4", "gym_mujoco_v2/hopper_medium-v2.hdf5"),
+        (
+            "halfcheetah-medium-expert-v1",
+            "HalfCheetah-v4",
+            "gym_mujoco_v1/halfcheetah_medium_expert-v1.hdf5",
+        ),
+        ("ant-full-replay-v2", "Ant-v4", "gym_mujoco_v2/ant_full_replay-v2.hdf5"),
+        ("walker2d-medium-v0", "Walker2d-v4", "gym_mujoco/walker2d_medium.hdf5"),
+        ("hopper-medium-mini", "Hopper-v4", "data/hopper-medium-mini.hdf5"),
     ],
 )
-def test_file_names(env, file):
-    """A few files on the server, with the odd names of v0."""
-    assert calql_sera.DATASETS[env] == file
+def test_tasks_and_files(env, env_id, file):
+    """A few environments, and files on the server or in the repository."""
+    task, server_path = calql_sera.find_task(env)
+    assert task.env_id == env_id
+    assert server_path == file
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        "hopper-medum-v2",
+        "hopper-medium",
+        "hopper-medium-v3",
+        "hopper-v2",
+        "Hopper-medium-v2",
+        "hopper-medium-v2 ",
+        "hopper-medium-v2\n",
+        "swimmer-medium-v2",
+        "ant-random-expert-v0",
+        "pen-human-v1",
+        "kitchen-mixed-v0",
+        "maze2d-umaze-v1",
+        "antmaze-umaze-v1",
+        "antmaze",
+        "",
+    ],
+)
+def test_unknown_ids(env):
+    """One sentence with the id, what is supported, and an example that is in fact known."""
+    with pytest.raises(ValueError) as caught:
+        calql_sera.find_task(env)
+    message = str(caught.value)
+    assert message.startswith(f"--env {env} is no dataset of Gym-MuJoCo or AntMaze")
+    assert "Adroit, kitchen and maze2d are not supported" in message
+    example = re.search(r"such as (\S+)$", message)[1]
+    assert calql_sera.find_task(example)
+
+
+def test_antmaze_without_its_environment(monkeypatch):
+    """The file that is missing is named, and Gym-MuJoCo goes on without it."""
+    monkeypatch.setitem(sys.modules, "envs", None)  # so that importing it fails
+    with pytest.raises(ValueError) as caught:
+        calql_sera.find_task("antmaze-umaze-v2")
+    expected = "--env antmaze-umaze-v2 needs the file envs/antmaze.py beside the script"
+    assert str(caught.value) == expected
+    assert calql_sera.find_task(ENV)
 
 
 def test_normalized_score():
@@ -248,38 +377,88 @@ def test_normalized_score():
     assert calql_sera.normalized_score("walker2d-random-v0", 4592.3) == pytest.approx(100)
 
 
+# ------------------------------ returns of the trajectories
+@pytest.mark.parametrize(
+    ("rewards", "ends", "expected"),
+    [
+        ([1, 2, 3, -1, -1, 4], [0, 1, 1, 0, 0, 1], 1),  # returns 3, 3 and 2
+        ([-5, 10, 0.5], [1, 1, 1], 15),
+        ([2, 2, 1, 3], [0, 1, 0, 1], 1000),  # all alike
+        ([1, 2, 3], [0, 0, 1], 1000),  # a single one
+        ([0, 0, 0, 0], [0, 1, 0, 1], 1000),
+        ([2**24, 1, 2**24], [0, 1, 1], 1),  # which a sum of float32 would lose
+    ],
+)
+def test_return_range(rewards, ends, expected):
+    """Best minus worst return by hand; what would divide by zero scales nothing."""
+    data = {"rewards": np.array(rewards, np.float32), "episode_ends": np.array(ends, bool)}
+    assert calql_sera.return_range(data) == expected
+
+
+def test_normalize_rewards(script, tmp_path):
+    """With --normalize-rewards rewards are multiplied by 1000 / range of the kept trajectories.
+
+    Of the hand-made file these are rows 0, 1; 2; 4; 6, 7; 8, with returns 0.7, 1.1, 2.1, 6.7, 4.1.
+    """
+    data = script.load_d4rl(ENV, corrupt.write(tmp_path / "x.hdf5", hand_made()))
+    assert script.return_range(data) == pytest.approx(6.7 - 0.7, rel=1e-6)
+    rewards = np.array(KEPT) / 2 + 0.1
+    cases = {
+        (): 1.0,
+        ("--reward-scale", "3"): 3.0,
+        ("--normalize-rewards",): 1000 / 6,
+        ("--normalize-rewards", "--reward-scale", "3"): 500.0,
+    }
+    for options, scale in cases.items():
+        preset = ["--env", "ant-medium-v2", "--reward-bias", "2", "--online-steps", "1"]
+        args = script.parse_args([*preset, *options])  # ant has no preset for rewards
+        buffer = script.ReplayBuffer(data, args, torch.device("cpu"))
+        stored = buffer.as_columns(buffer.table[: buffer.size])["rewards"]
+        assert buffer.reward_scale == pytest.approx(scale, rel=1e-6)
+        np.testing.assert_allclose(stored, scale * rewards + 2, rtol=1e-6)
+    from_scratch = script.ReplayBuffer(None, args, torch.device("cpu"))
+    assert from_scratch.reward_scale == 3  # no dataset, so no range
+
+
 # ------------------------------ finding files
 def test_dataset_path_wins(cache, tmp_path, server):
     """--dataset-path comes before the cache, before a bundled file and before the network."""
     (cache / FILE).touch()
     mine = tmp_path / "mine.hdf5"
     mine.touch()
-    assert calql_sera.find_dataset(ENV, str(mine)) == mine
-    assert calql_sera.find_dataset("hopper-medium-mini", str(mine)) == mine
+    assert calql_sera.fetch_dataset(ENV, str(mine)) == mine
+    assert calql_sera.fetch_dataset("hopper-medium-mini", str(mine)) == mine
+    assert server.paths == []
+
+
+def test_v0_medium_replay_by_path(cache, tmp_path, server):
+    """D4RL's file has a name by no formula, "mixed": it loads with --dataset-path."""
+    mixed = corrupt.write(tmp_path / "hopper_mixed.hdf5", hand_made())
+    found = calql_sera.fetch_dataset("hopper-medium-replay-v0", str(mixed))
+    assert found == mixed
+    assert len(calql_sera.load_d4rl("hopper-medium-replay-v0", found)["rewards"]) == len(KEPT)
     assert server.paths == []
 
 
 def test_bundled_file(cache, tmp_path, monkeypatch, server):
-    """The mini set comes from data/ beside the script, else from the cache; no server is asked for it."""
+    """The mini set comes from data/ beside the script, else from the cache, from no server."""
     monkeypatch.setattr(calql_sera, "__file__", str(tmp_path / "calql_sera.py"))
-    bundled, cached = (
-        tmp_path.resolve() / "data" / "hopper-medium-mini.hdf5",
-        cache / "hopper-medium-mini.hdf5",
-    )
+    bundled = tmp_path.resolve() / "data" / "hopper-medium-mini.hdf5"
+    cached = cache / "hopper-medium-mini.hdf5"
     with pytest.raises(FileNotFoundError, match=re.escape(str(cached)) + ".*--dataset-path"):
-        calql_sera.find_dataset("hopper-medium-mini")
+        calql_sera.fetch_dataset("hopper-medium-mini")
     for path in (cached, bundled):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-        assert calql_sera.find_dataset("hopper-medium-mini") == path
+        assert calql_sera.fetch_dataset("hopper-medium-mini") == path
     assert server.paths == []
 
 
 def test_cache_folder(cache, server):
     """A file in D4RL_DATASET_DIR is found under D4RL's own name, without the network."""
-    for env, name in ((ENV, FILE), ("walker2d-medium-replay-v0", "walker_mixed.hdf5")):
+    for env, name in ((ENV, FILE), ("walker2d-expert-v0", "walker2d_expert.hdf5")):
         (cache / name).touch()
-        assert calql_sera.find_dataset(env) == cache / name
+        assert calql_sera.fetch_dataset(env) == cache / name
     assert server.paths == []
 
 
@@ -290,53 +469,66 @@ def test_default_cache_folder(tmp_path, monkeypatch, server):
     folder = tmp_path / ".d4rl" / "datasets"
     folder.mkdir(parents=True)
     (folder / FILE).touch()
-    assert calql_sera.find_dataset(ENV) == folder / FILE
+    assert calql_sera.fetch_dataset(ENV) == folder / FILE
     assert server.paths == []
 
 
 def test_missing_dataset_path(cache, tmp_path):
-    """A --dataset-path that is not there, or a folder, is named in the error, whatever the cache holds."""
+    """A --dataset-path that is not there, or a folder, is named, whatever the cache holds."""
     (cache / FILE).touch()
     for path in (tmp_path / "nowhere.hdf5", tmp_path):
         with pytest.raises(FileNotFoundError, match=re.escape(str(path)) + ".*--dataset-path"):
-            calql_sera.find_dataset(ENV, str(path))
+            calql_sera.fetch_dataset(ENV, str(path))
 
 
 def test_download(cache, tmp_path, server):
-    """A download loads and ends under its final name in the cache, made if need be, once and for all."""
+    """A download ends under its final name in the cache, made if need be, once and for all."""
     cache.rmdir()
-    body = write_hdf5(tmp_path / "x.hdf5", hand_made()).read_bytes()
+    body = corrupt.write(tmp_path / "x.hdf5", hand_made()).read_bytes()
     server.answer = 200, {"Content-Length": len(body)}, body
-    assert len(calql_sera.load_d4rl(ENV)["rewards"]) == len(ROWS)
+    path = calql_sera.fetch_dataset(ENV)
+    assert path == cache / FILE
     assert server.paths == [f"/base/gym_mujoco_v2/{FILE}"]
-    assert [path.name for path in cache.iterdir()] == [FILE]
-    assert (cache / FILE).read_bytes() == body
-    assert calql_sera.find_dataset(ENV) == cache / FILE
+    assert [file.name for file in cache.iterdir()] == [FILE]
+    assert path.read_bytes() == body
+    assert len(calql_sera.load_d4rl(ENV, path)["rewards"]) == len(KEPT)
+    assert calql_sera.fetch_dataset(ENV) == path
     assert len(server.paths) == 1
 
 
 @pytest.mark.parametrize("failure", ["403", "404", "cut", "cut chunk", "empty", "page"])
 def test_failed_download(failure, cache, tmp_path, server):
-    """A refusal, a body cut short or a page instead: FileNotFoundError with all one needs, no data file."""
-    body = write_hdf5(tmp_path / "x.hdf5", hand_made()).read_bytes()
+    """A refusal, a body cut short, a page: an error with all one needs, and no data file."""
+    body = corrupt.write(tmp_path / "x.hdf5", hand_made()).read_bytes()
     half = body[: len(body) // 2]
+    chunk = b"%x\r\n%s" % (len(body), half)
     server.answer = {
         "403": (403, {}, b"Forbidden"),
         "404": (404, {}, b"Not found"),
         "cut": (200, {"Content-Length": len(body)}, half),
-        "cut chunk": (200, {"Transfer-Encoding": "chunked"}, b"%x\r\n%s" % (len(body), half)),
+        "cut chunk": (200, {"Transfer-Encoding": "chunked"}, chunk),
         "empty": (200, {"Content-Length": 0}, b""),
         "page": (200, {"Content-Type": "text/html"}, b"<html>Back soon</html>"),
     }[failure]
     with pytest.raises(FileNotFoundError) as caught:
-        calql_sera.find_dataset(ENV)
+        calql_sera.fetch_dataset(ENV)
     message = str(caught.value)
-    url = f"{calql_sera.SERVER}/gym_mujoco_v2/{FILE}"
-    for part in (ENV, url, FILE, str(cache), "huggingface.co", "--dataset-path"):
+    address = f"{calql_sera.SERVER}/gym_mujoco_v2/{FILE}"
+    for part in (ENV, address, FILE, str(cache), "huggingface.co", "--dataset-path"):
         assert part in message
     assert "\n" not in message
     assert failure in message or not failure.isdigit()  # the status
     assert not (cache / FILE).exists()
+
+
+def test_download_after_a_failure(cache, tmp_path, server):
+    """What a failed download leaves behind does not stand in the way of the next."""
+    body = corrupt.write(tmp_path / "x.hdf5", hand_made()).read_bytes()
+    server.answer = 200, {"Content-Length": len(body)}, body[:100]
+    with pytest.raises(FileNotFoundError):
+        calql_sera.fetch_dataset(ENV)
+    server.answer = 200, {"Content-Length": len(body)}, body
+    assert calql_sera.fetch_dataset(ENV).read_bytes() == body
 
 
 def test_download_without_a_server(cache, monkeypatch):
@@ -344,7 +536,7 @@ def test_download_without_a_server(cache, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(calql_sera, "SERVER", "http://127.0.0.1:1")
     with pytest.raises(FileNotFoundError, match=re.escape(str(cache))):
-        calql_sera.find_dataset(ENV)
+        calql_sera.fetch_dataset(ENV)
     assert list(cache.iterdir()) == []
 
 
@@ -354,4 +546,4 @@ def test_download_into_an_impossible_folder(tmp_path, monkeypatch, server):
     folder.parent.touch()
     monkeypatch.setenv("D4RL_DATASET_DIR", str(folder))
     with pytest.raises(FileNotFoundError, match=re.escape(str(folder)) + ".*--dataset-path"):
-        calql_sera.find_dataset(ENV)
+        calql_sera.fetch_dataset(ENV)
