@@ -660,7 +660,12 @@ class Recording:
             self.graphs[case] = graph
         except RuntimeError as error:  # whatever the driver or an operation may refuse
             self.works = False
-            say(f"CUDA graphs do not work here ({str(error).splitlines()[0]}): going on without")
+            say(f"CUDA graphs do not work here ({first_line(error)}): going on without")
+
+
+def first_line(error: Exception) -> str:
+    """What it says, in short, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def prepare_optimizer(optimizer: Optimizer, device: torch.device) -> None:
@@ -696,8 +701,7 @@ def compile_functions(run: "Run") -> tuple[Callable, Callable]:
             try:
                 return fast_function(*inputs)
             except Exception as error:  # no Triton, no C++ compiler, a fault of the compiler
-                reason = str(error).strip().splitlines()[0]
-                say(f"torch.compile does not work here ({reason}): going on without")
+                say(f"torch.compile does not work here ({first_line(error)}): going on without")
                 run.compiled = None
                 return function(*inputs)
 
