@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recompute import make_args, make_rows
+from recompute import make_args, make_kind, make_rows
 
 CPU = torch.device("cpu")
 
@@ -114,11 +114,33 @@ def test_rows_come_back(script):
     assert torch.equal(other.table, buffer.table)
 
 
+@pytest.mark.parametrize(
+    ("changes", "stored_q"),
+    [
+        ({}, True),
+        ({"sera_bonus": "v"}, True),
+        ({"sera_critic": "random"}, True),
+        ({"sera_critic": "current"}, False),
+        ({"sera_bonus": "state"}, False),
+        ({"sera_bonus": "constant"}, False),
+        ({"sera_coef": 0.0}, False),
+    ],
+)
+def test_column_of_the_bonus(script, changes, stored_q):
+    """There is one for q if frozen critics give it: 0 until it is worked out."""
+    buffer = make_buffer(script, make_rows(5), **changes)
+    columns = stored(buffer)
+    assert ("bonus_q" in columns) == stored_q
+    if stored_q:
+        assert columns["bonus_q"].tolist() == [0] * 5
+
+
 # ------------------------------ samples
 def test_samples(script):
     """Dataset rows first, then online ones, every row of both sooner or later, and copies."""
     buffer = make_buffer(script, make_rows(20))
-    buffer.append(make_rows(5, first=100))
+    buffer.append(make_rows(2, first=100))
+    buffer.append(make_rows(3, first=102))  # which may be drawn as well as those before
     before = buffer.table.clone()
     columns = buffer.as_columns(before)
     torch.manual_seed(0)
@@ -162,6 +184,22 @@ def test_rows_of_a_batch_are_independent(script):
     for pair in pairs:
         correlation = torch.corrcoef(torch.stack(pair))[0, 1]
         assert abs(correlation.item()) < 5 / 20_000**0.5
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(32, (24, 8)), (41, (31, 10)), (7, (5, 2)), (1000, (750, 250))]
+)
+def test_sample_as(script, count, expected):
+    """A batch of another size is mixed as that of the step is, 24 to 8 here."""
+    buffer = make_buffer(script, make_rows(20))
+    buffer.append(make_rows(5, first=100))
+    kind = make_kind(script, online=True, offline_rows=24, online_rows=8)
+    rewards = buffer.sample_as(kind, count)["rewards"]
+    assert ((rewards < 100).sum(), (rewards >= 100).sum()) == expected
+    only_dataset = make_kind(script, online=True, offline_rows=32, online_rows=0)
+    rewards = buffer.sample_as(only_dataset, count)["rewards"]
+    assert len(rewards) == count
+    assert rewards.max() < 100
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])

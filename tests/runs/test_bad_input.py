@@ -1,4 +1,4 @@
-"""Bad input is refused in one sentence that names the value and the fix; and how the command line is read."""
+"""Bad input is refused in one sentence with the value and the fix; how a command line is read."""
 
 import hashlib
 import io
@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from mutate import columns
-from mutate import write as write_hdf5
+from corrupt import columns
+from corrupt import write as write_hdf5
 
 import calql_sera
 
@@ -20,7 +21,7 @@ OPTIONS = ["--device", "cpu", "--offline-steps", "1", "--online-steps", "0", "--
 
 
 def with_value(name, value, index=5):
-    """The correct data set with one value replaced."""
+    """The correct dataset with one value replaced."""
     arrays = columns()
     arrays[name] = arrays[name].copy()
     arrays[name][index] = value
@@ -28,13 +29,14 @@ def with_value(name, value, index=5):
 
 
 def without(*names):
-    """The correct data set less some keys."""
+    """The correct dataset less some keys."""
     return {name: array for name, array in columns().items() if name not in names}
 
 
 def contents(folder):
-    """Every path below a folder, with the bytes of files."""
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    """Every path below a folder, with the bytes of files, less the lock that a run may leave."""
+    paths = [path for path in folder.rglob("*") if path.name != "in_use_by_a_run.lock"]
+    return {path: path.is_file() and path.read_bytes() for path in paths}
 
 
 @pytest.fixture
@@ -45,26 +47,36 @@ def good(tmp_path):
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """Stands in for training, in an empty working directory: the list of arguments that got so far."""
+    """Stands in for training, in an empty folder: the arguments of runs that got so far."""
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calql_sera, "train", lambda args, state: calls.append(args))
+    monkeypatch.setattr(calql_sera, "train", lambda run, args: calls.append(args))
     return calls
 
 
 @pytest.fixture
-def refuse(trained, tmp_path, capsys):
-    """Run main, which has to refuse: gives its one line on stderr. No file or folder may appear or change."""
+def end_with_code_2(trained, tmp_path, capsys):
+    """Run main, which has to end so: gives its stderr. No file or folder may appear or change."""
 
     def run(*argv):
         before = contents(tmp_path)
         with pytest.raises(SystemExit) as caught:
             calql_sera.main([*OPTIONS, *map(str, argv)])
-        stderr = capsys.readouterr().err.strip()
         assert caught.value.code == 2
-        assert stderr.startswith("error: ") and "\n" not in stderr, stderr
         assert trained == []
         assert contents(tmp_path) == before
+        return capsys.readouterr().err.strip()
+
+    return run
+
+
+@pytest.fixture
+def refuse(end_with_code_2):
+    """Run main, which has to refuse: gives its one line on stderr."""
+
+    def run(*argv):
+        stderr = end_with_code_2(*argv)
+        assert stderr.startswith("error: ") and "\n" not in stderr, stderr
         return stderr
 
     return run
@@ -77,22 +89,35 @@ def assert_names(message, *parts):
 
 # ------------------------------ the control
 def test_good_input_is_not_refused(trained, good, tmp_path):
-    """The correct file and options lead to training, with a run directory, and leave the file as it was."""
+    """The correct file and options lead to training, and leave the file as it was."""
     before = good.read_bytes()
     calql_sera.main([*OPTIONS, "--dataset-path", str(good), "--run-dir", str(tmp_path / "run")])
     assert len(trained) == 1
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["data_file"] == str(good)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data_file"] == str(good)
     assert good.read_bytes() == before
 
 
-# ------------------------------ data set names
-@pytest.mark.parametrize("env", ["hopper-medum-v2", "Walker2d-medium-v2", "hopper-full-replay-v0", "hopper"])
+# ------------------------------ dataset names
+@pytest.mark.parametrize(
+    "env",
+    [
+        "hopper-medum-v2",
+        "Walker2d-medium-v2",
+        "hopper-medium-v3",
+        "hopper-full-replay-v0",
+        "hopper",
+    ],
+)
 def test_unknown_env(env, refuse, good):
     """An unknown id is named, with a known one, even if a file is given."""
-    assert_names(refuse("--env", env, "--dataset-path", good), f"--env {env} ", "walker2d-medium-replay-v2")
+    message = refuse("--env", env, "--dataset-path", good)
+    assert_names(message, f"--env {env} ", "walker2d-medium-replay-v2")
 
 
-@pytest.mark.parametrize("env", ["pen-human-v1", "kitchen-mixed-v0", "maze2d-umaze-v1", "antmaze-umaze-v1"])
+@pytest.mark.parametrize(
+    "env", ["pen-human-v1", "kitchen-mixed-v0", "maze2d-umaze-v1", "antmaze-umaze-v1"]
+)
 def test_unsupported_env(env, refuse):
     """D4RL's other families are not supported, and are named."""
     families = ("Gym-MuJoCo or AntMaze", "Adroit, kitchen and maze2d are not supported")
@@ -105,22 +130,29 @@ BROKEN = {
     "no flags": (without("terminals", "timeouts"), ["terminals", "D4RL"]),
     "empty": ({}, ["observations", "D4RL"]),
     "group for an array": (without("rewards") | {"rewards/x": np.zeros(30)}, ["rewards", "D4RL"]),
-    "walker data": (columns(width=17), ["observations", "(30, 17)", "(30, 11)", "hopper-medium-v2"]),
-    "wide actions": (columns() | {"actions": np.zeros((30, 6))}, ["actions", "(30, 6)", "(30, 3)"]),
+    "walker data": (
+        columns(width=17),
+        ["observations", "(30, 17)", "(30, 11)", "hopper-medium-v2"],
+    ),
+    "wide actions": (
+        columns() | {"actions": np.zeros((30, 6))},
+        ["actions", "(30, 6)", "(30, 3)"],
+    ),
     "short rewards": (columns() | {"rewards": np.zeros(29)}, ["rewards", "(29,)", "(30,)"]),
     "long timeouts": (columns() | {"timeouts": np.zeros(31)}, ["timeouts", "(31,)", "(30,)"]),
     "scalar rewards": (columns() | {"rewards": 1.0}, ["rewards", "()", "(30,)"]),
-    "no rows": (columns(rows=0), ["observations", "(0, 11)"]),
-    "one row": (columns(rows=1), ["observations", "(1, 11)"]),
+    "no rows": (columns(rows=0), ["0 rows", "at least 2"]),
+    "one row": (columns(rows=1), ["1 rows", "at least 2"]),
     "text": (columns() | {"rewards": np.full(30, b"one")}, ["rewards", "(30,)", "numbers"]),
     "NaN observation": (with_value("observations", np.nan), ["observations", "NaN"]),
     "NaN reward": (with_value("rewards", np.nan), ["rewards", "NaN"]),
     "infinite action": (with_value("actions", np.inf), ["actions", "infinity"]),
-    "NaN terminal": (columns() | {"terminals": np.full(30, np.nan)}, ["terminals", "NaN"]),
+    "flags of 2": (columns() | {"terminals": np.full(30, 2)}, ["terminals", "0 and 1"]),
+    "NaN terminal": (columns() | {"terminals": np.full(30, np.nan)}, ["terminals", "0 and 1"]),
     "beyond float32": (columns() | {"rewards": np.full(30, 1e39)}, ["rewards", "infinity"]),
     "actions beyond 1": (with_value("actions", 1.5), ["actions", "1.5", "[-1, 1]"]),
     "actions beyond -1": (with_value("actions", -2.5), ["actions", "2.5", "[-1, 1]"]),
-    "all time-outs": (columns() | {"timeouts": np.ones(30, dtype=bool)}, ["0 transitions"]),
+    "all timeouts": (columns() | {"timeouts": np.ones(30, dtype=bool)}, ["0 transitions"]),
 }
 
 
@@ -136,8 +168,9 @@ def test_broken_file(case, refuse, tmp_path):
 
 def test_action_rounding_is_let_through(tmp_path):
     """Actions a rounding error beyond 1 are not refused."""
-    path = write_hdf5(tmp_path / "x.hdf5", with_value("actions", np.float32(1) + np.float32(2**-23)))
-    assert len(calql_sera.load_d4rl("hopper-medium-v2", str(path))["actions"]) == 28
+    just_beyond = np.float32(1) + np.float32(2**-23)
+    path = write_hdf5(tmp_path / "x.hdf5", with_value("actions", just_beyond))
+    assert len(calql_sera.load_d4rl("hopper-medium-v2", path)["actions"]) == 28
 
 
 @pytest.mark.parametrize("case", ["truncated", "cut to nothing", "text"])
@@ -156,14 +189,15 @@ def test_missing_file(refuse, tmp_path):
 
 
 def test_download_fails(refuse, tmp_path, monkeypatch):
-    """No file anywhere and no server: what was tried, where to put the file, which option names one."""
-    (tmp_path / "cache").mkdir()
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
+    """No file anywhere and no server: what was tried, where to put the file, how to name one."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(cache))
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(calql_sera, "SERVER", "http://127.0.0.1:1")
     message = refuse("--env", "walker2d-medium-v2")
     url = "http://127.0.0.1:1/gym_mujoco_v2/walker2d_medium-v2.hdf5"
-    assert_names(message, "walker2d-medium-v2", url, tmp_path / "cache", "huggingface", "--dataset-path")
+    assert_names(message, "walker2d-medium-v2", url, cache, "huggingface", "--dataset-path")
 
 
 # ------------------------------ options
@@ -172,22 +206,27 @@ def test_download_fails(refuse, tmp_path, monkeypatch):
     [
         ("--offline-steps", "-1", "at least 0"),
         ("--online-steps", "-5", "at least 0"),
-        ("--offline-steps", "1.5", "whole number"),
-        ("--online-steps", "1.5", "whole number"),
-        ("--offline-steps", "nan", "whole number"),
-        ("--online-steps", "inf", "whole number"),
+        ("--learning-starts", "-1", "at least 0"),
         ("--eval-every", "0", "at least 1"),
-        ("--eval-every", "-inf", "whole number"),
         ("--eval-episodes", "0", "at least 1"),
-        ("--checkpoint-every", "0.5", "whole number"),
+        ("--checkpoint-every", "-3", "at least 1"),
+        ("--log-every", "0", "at least 1"),
+        ("--updates-per-step", "0", "at least 1"),
         ("--batch-size", "0", "at least 1"),
         ("--sera-k", "0", "at least 1"),
+        ("--sera-pool", "-1", "at least 0"),
         ("--seed", "-1", "at least 0"),
+        ("--seed", "9223372036854775808", "at most 9223372036854775807"),
         ("--hidden-dim", "0", "at least 1"),
-        ("--gamma", "2", "0 to 1"),
+        ("--gamma", "2.0", "0 to 1"),
         ("--gamma", "nan", "0 to 1"),
         ("--tau", "-0.1", "0 to 1"),
         ("--mixing-ratio", "1.1", "0 to 1"),
+        ("--sera-coef", "nan", "finite"),
+        ("--sera-coef", "inf", "finite"),
+        ("--actor-lr", "nan", "finite"),
+        ("--critic-lr", "inf", "finite"),
+        ("--actor-lr", "-1.0", "at least 0"),
     ],
 )
 def test_bad_number(option, value, fix, refuse, good):
@@ -196,22 +235,51 @@ def test_bad_number(option, value, fix, refuse, good):
     assert_names(message, f"{option} is {value}", fix)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--offline-steps", "1.5"),
+        ("--online-steps", "inf"),
+        ("--offline-steps", "nan"),
+        ("--online-steps", "1e6"),
+        ("--eval-every", "-inf"),
+        ("--checkpoint-every", "0.5"),
+        ("--batch-size", "8.0"),
+        ("--gamma", "high"),
+    ],
+)
+def test_not_even_a_number(option, value, end_with_code_2, good):
+    """A count is a whole number, without point or exponent: tyro names the option and the value."""
+    stderr = end_with_code_2("--dataset-path", good, option, value)
+    assert_names(stderr, f"Error parsing {option}", f"'{value}'")
+
+
 @pytest.mark.parametrize("k", [256, 300])
 def test_k_has_to_be_below_the_batch_size(k, refuse, good):
     """k-th neighbours need more than k rows: both numbers and both options are named."""
-    assert_names(refuse("--dataset-path", good, "--sera-k", k), f"--sera-k is {k}", "--batch-size 256")
+    message = refuse("--dataset-path", good, "--sera-k", k)
+    assert_names(message, f"--sera-k is {k}", "--batch-size 256")
 
 
-def test_k_does_not_matter_without_neighbours():
-    """No bonus, or a constant one, has no use for k; one below the batch size is fine."""
-    for options in (["--sera-coef", "0"], ["--sera-bonus", "constant"], ["--batch-size", "301"]):
-        assert calql_sera.parse_args(["--sera-k", "300", *options]).sera_k == 300
+def test_k_may_be_the_size_of_the_pool_at_most(refuse, good):
+    """Neighbours in a pool, in place of the batch, cannot be more than it has."""
+    message = refuse("--dataset-path", good, "--sera-k", 300, "--sera-pool", 299)
+    assert_names(message, "--sera-k is 300", "at most", "--sera-pool 299")
+
+
+@pytest.mark.parametrize(
+    "options", ["--sera-coef 0", "--sera-bonus constant", "--batch-size 301", "--sera-pool 300"]
+)
+def test_possible_k(options):
+    """No bonus, or a constant one, has no use for k; else the batch or the pool is large enough."""
+    assert calql_sera.parse_args(["--sera-k", "300", *options.split()]).sera_k == 300
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu(refuse, good):
     """cuda asked for and absent."""
-    assert_names(refuse("--dataset-path", good, "--device", "cuda"), "--device", "cuda", "cpu")
+    message = refuse("--dataset-path", good, "--device", "cuda")
+    assert_names(message, "--device", "cuda", "cpu")
 
 
 def test_no_steps_at_all(refuse, good):
@@ -220,12 +288,41 @@ def test_no_steps_at_all(refuse, good):
     assert_names(message, "--offline-steps", "--online-steps", "0")
 
 
-# ------------------------------ run directories
+def test_nothing_to_learn_in(refuse):
+    """A run from scratch whose steps would all be random ones: both numbers and both options."""
+    scratch = ["--offline-steps", 0, "--mixing-ratio", 0, "--online-steps", 90]
+    message = refuse(*scratch, "--learning-starts", 90)
+    assert_names(message, "--learning-starts is 90", "--online-steps 90")
+    assert calql_sera.parse_args([*map(str, scratch), "--learning-starts", "89"])
+
+
+def test_track_without_wandb(refuse, good, monkeypatch):
+    """Weights & Biases asked for and not installed: how to install it."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert_names(refuse("--dataset-path", good, "--track"), "--track", "pip install wandb")
+
+
+def test_video_without_what_it_needs(refuse, good, tmp_path, monkeypatch):
+    """Films asked for where none can be made: what to install, and what to set."""
+
+    def no_moviepy(*inputs):
+        raise gymnasium.error.DependencyNotInstalled("MoviePy is not installed")
+
+    monkeypatch.setattr(gymnasium.wrappers, "RecordVideo", no_moviepy)
+    monkeypatch.setattr(gymnasium.Env, "render", lambda env: None)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    message = refuse("--dataset-path", good, "--run-dir", run_dir, "--capture-video")
+    assert_names(message, "--capture-video", "moviepy", "MUJOCO_GL")
+
+
+# ------------------------------ run folders
 def test_unwritable_run_dir(refuse, good, tmp_path):
     """A folder that cannot be made, for any user: it would lie below a file."""
     (tmp_path / "file").touch()
     for run_dir in (tmp_path / "file" / "run", tmp_path / "file"):
-        assert_names(refuse("--dataset-path", good, "--run-dir", run_dir), run_dir)
+        message = refuse("--dataset-path", good, "--run-dir", run_dir)
+        assert_names(message, f"--run-dir {run_dir}", "another folder")
 
 
 def test_run_dir_in_use(refuse, good, tmp_path):
@@ -233,11 +330,12 @@ def test_run_dir_in_use(refuse, good, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.json").write_text("{}")
-    assert_names(refuse("--dataset-path", good, "--run-dir", run_dir), run_dir, "--resume", "another")
+    message = refuse("--dataset-path", good, "--run-dir", run_dir)
+    assert_names(message, run_dir, "--resume", "another")
 
 
 def test_refused_run_does_not_block_the_next(refuse, trained, good, tmp_path):
-    """After a refusal for bad data the same run directory is free for the corrected command."""
+    """After a refusal for bad data the same run folder is free for the corrected command."""
     run_dir = tmp_path / "run"
     bad = write_hdf5(tmp_path / "bad.hdf5", without("rewards"))
     refuse("--dataset-path", bad, "--run-dir", run_dir)
@@ -245,61 +343,84 @@ def test_refused_run_does_not_block_the_next(refuse, trained, good, tmp_path):
     assert len(trained) == 1
 
 
+def test_resume_where_nothing_is(trained, good, tmp_path, capsys):
+    """--resume in a folder without a run starts one there, and says so."""
+    run_dir = tmp_path / "run"
+    options = ["--dataset-path", str(good), "--resume", "--run-dir", str(run_dir)]
+    calql_sera.main([*OPTIONS, *options])
+    assert len(trained) == 1
+    assert f"no run in {run_dir} yet" in capsys.readouterr().out
+    assert (run_dir / "checkpoint.pt").exists()
+
+
 def test_resume_without_a_checkpoint(refuse, good, tmp_path):
-    """--resume needs a run directory, and a checkpoint in it."""
-    (tmp_path / "run").mkdir()
-    message = refuse("--dataset-path", good, "--resume", "--run-dir", tmp_path / "run")
-    assert_names(message, "--resume", "--run-dir", "checkpoint", tmp_path / "run")
-    assert_names(refuse("--dataset-path", good, "--resume"), "--resume", "--run-dir", "checkpoint")
+    """--resume needs a run folder, and a checkpoint where a run has been."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text("{}")
+    message = refuse("--dataset-path", good, "--resume", "--run-dir", run_dir)
+    assert_names(message, "--resume", "--run-dir", run_dir / "checkpoint.pt")
+    assert_names(refuse("--dataset-path", good, "--resume"), "--resume", "--run-dir", "folder")
+
+
+def sealed(checkpoint):
+    """The bytes of a checkpoint file, sealed as save_checkpoint seals it."""
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    return file.getvalue() + hashlib.sha256(file.getvalue()).digest()
 
 
 def test_resume_of_another_script(refuse, tmp_path):
     """A checkpoint of another script, with arguments unknown to this one, is refused."""
-    torch.save({"script": "other_sera", "args": {"other_weight": 1.0}}, data := io.BytesIO())
-    seal = hashlib.sha256(data.getvalue()).digest()
-    (tmp_path / "checkpoint.pt").write_bytes(data.getvalue() + seal)
-    assert_names(refuse("--resume", "--run-dir", tmp_path), tmp_path, "--resume", "checkpoint of this script")
+    body = sealed({"script": "other_sera", "args": {"other_weight": 1.0}})
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(body)
+    message = refuse("--resume", "--run-dir", tmp_path)
+    assert_names(message, path, "--resume", "other_sera")
 
 
-def test_resume_from_a_broken_checkpoint(refuse, tmp_path):
-    """A checkpoint that cannot be read is refused."""
-    for body in (b"", b"not a checkpoint"):
-        (tmp_path / "checkpoint.pt").write_bytes(body)
-        assert_names(refuse("--resume", "--run-dir", tmp_path), tmp_path, "--resume", "checkpoint")
+def test_resume_of_another_version(refuse, tmp_path):
+    """One of this script, with other arguments than it has now, is not called another's."""
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(sealed({"script": "calql_sera", "args": {"learning_rate": 1.0}}))
+    message = refuse("--resume", "--run-dir", tmp_path)
+    assert_names(message, path, "--resume", "version")
+    assert "it is calql_sera" not in message
 
 
-@pytest.mark.parametrize("option", ["--sera-coef", "--actor-lr"])
-def test_numbers_that_are_none(refuse, good, option):
-    """Not a number, or infinity, is no weight and no rate."""
-    for value in ("nan", "inf"):
-        assert_names(refuse("--dataset-path", good, option, value), option, value, "finite")
+NO_CHECKPOINT = b"not a checkpoint"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", NO_CHECKPOINT, NO_CHECKPOINT + hashlib.sha256(NO_CHECKPOINT).digest()],
+    ids=["empty", "not sealed", "sealed"],
+)
+def test_resume_from_a_broken_checkpoint(body, refuse, tmp_path):
+    """A checkpoint that cannot be read is refused: where it lies, and what to do."""
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(body)
+    assert_names(refuse("--resume", "--run-dir", tmp_path), path, "--resume", "start anew")
 
 
 # ------------------------------ how the command line is read
-def test_steps_in_scientific_notation():
-    """1e6 is the whole number 1000000, for every count."""
-    names = ("offline_steps", "online_steps", "eval_every", "checkpoint_every")
-    argv = [part for name in names for part in (f"--{name.replace('_', '-')}", "1e6")]
-    args = calql_sera.parse_args(argv)
-    for name in names:
-        assert getattr(args, name) == 1_000_000 and type(getattr(args, name)) is int
-
-
 def test_underscores():
-    """--offline_steps is as good as --offline-steps."""
+    """Numbers may have them, and --offline_steps is as good as --offline-steps."""
     args = calql_sera.parse_args(["--offline_steps", "7", "--sera_bonus", "state"])
     assert (args.offline_steps, args.sera_bonus) == (7, "state")
+    args = calql_sera.parse_args(["--online-steps", "1_000_000", "--actor-lr", "3e-4"])
+    assert (args.online_steps, args.actor_lr) == (1_000_000, 3e-4)
+    assert type(args.online_steps) is int
 
 
 def test_presets():
-    """The data set's name brings its own defaults."""
-    args, preset = (
-        calql_sera.parse_args(["--env", "hopper-medium-mini"]),
-        calql_sera.PRESETS["hopper-medium-mini"],
-    )
+    """The dataset's name brings its own defaults."""
+    args = calql_sera.parse_args(["--env", "hopper-medium-mini"])
+    preset = calql_sera.PRESETS["hopper-medium-mini"]
     assert set(preset) == {"offline_steps", "online_steps", "eval_every"}
-    changed = {name for name, value in vars(args).items() if value != getattr(calql_sera.Args, name)}
-    assert changed - {"env", "device"} == set(preset) and vars(args).items() >= preset.items()
+    default = vars(calql_sera.Args())
+    changed = {name for name, value in vars(args).items() if value != default[name]}
+    assert changed - {"env"} == set(preset) and vars(args).items() >= preset.items()
     for env in ("walker2d-medium-v2", "walker2d-medium-replay-v0"):
         args = calql_sera.parse_args(["--env", env])
         assert (args.sera_k, args.offline_steps) == (20, 250_000)
@@ -311,12 +432,12 @@ def test_presets():
 @pytest.mark.parametrize("order", [1, -1])
 def test_user_values_win_over_presets(order):
     """What is on the command line counts, before --env and after it."""
-    pairs = [("--env", "hopper-medium-mini"), ("--offline-steps", "7")][::order]
-    args = calql_sera.parse_args([part for pair in pairs for part in pair])
+    options = [["--env", "hopper-medium-mini"], ["--offline-steps", "7"]][::order]
+    args = calql_sera.parse_args(options[0] + options[1])
     assert args.offline_steps == 7
     assert args.online_steps == calql_sera.PRESETS["hopper-medium-mini"]["online_steps"] != 250_000
-    pairs = [("--env", "walker2d-medium-v2"), ("--sera-k", "10")][::order]
-    assert calql_sera.parse_args([part for pair in pairs for part in pair]).sera_k == 10
+    options = [["--env", "walker2d-medium-v2"], ["--sera-k", "10"]][::order]
+    assert calql_sera.parse_args(options[0] + options[1]).sera_k == 10
 
 
 @pytest.mark.parametrize(("env", "k"), [("walker2d-medium-v2", 20), ("hopper-medium-v2", 10)])
@@ -330,14 +451,12 @@ def test_help_shows_the_preset(env, k, capsys):
     assert f"(default: {env})" in text
 
 
-@pytest.mark.parametrize("argv", [["--gama", "0.9"], ["--physics", "new"], ["--sera-k", "ten"], ["--env"]])
-def test_unknown_options_and_values(argv, trained, capsys):
+@pytest.mark.parametrize(
+    "argv", [["--gama", "0.9"], ["--physics", "new"], ["--sera-k", "ten"], ["--env"]]
+)
+def test_unknown_options_and_values(argv, end_with_code_2):
     """Misspelt options and values of the wrong kind are named and end with code 2 too."""
-    with pytest.raises(SystemExit) as caught:
-        calql_sera.main(argv)
-    assert caught.value.code == 2
-    assert argv[-1] in capsys.readouterr().err
-    assert trained == []
+    assert argv[-1] in end_with_code_2(*argv)
 
 
 def test_refusal_from_outside(tmp_path):

@@ -1,38 +1,48 @@
-"""Kills runs at random places with SIGKILL, resumes them, and compares with runs that were left alone.
+"""Kills runs at random places with SIGKILL, resumes them, and compares with runs left alone.
 
-    python tests/kill_points.py [--points 10] [--seed 0] [SCRIPT ...]
+    python tests/tools/kill_points.py [--points 10] [--seed 0] [SCRIPT ...]
 
-A place is a call of the update, of the policy, of an evaluation, or the middle of writing a checkpoint, in
-either phase. Evaluations, networks, optimiser, online rows and generators have to be the same, bit for bit.
-Exit code 1 if any is not.
+A place is a call of the update, of the policy, of an evaluation, or a stage of a checkpoint: half
+written, written but not yet in force, just in force; in either phase. Evaluations, networks,
+optimizer, online rows and generators have to be the same, bit for bit. Exit code 1 if any is not.
 """
 
-import argparse
 import importlib
 import random
+import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*_sera.py"))
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = tuple(sorted(path.stem for path in ROOT.glob("*_sera.py")))
 OPTIONS = (
-    "--env hopper-medium-mini --device cpu --offline-steps 60 --online-steps 150 "
-    "--eval-every 40 --eval-episodes 1 --checkpoint-every 25 --batch-size 16 --sera-k 3 --hidden-dim 16"
+    "--env hopper-medium-mini --device cpu --threads 1 --offline-steps 60 --online-steps 150 "
+    "--eval-every 40 --eval-episodes 1 --checkpoint-every 25 --log-every 10 --batch-size 16 "
+    "--sera-k 3 --hidden-dim 16"
 )
-CALLS = {"update": 180, "act": 260, "evaluate": 6, "fsync": 6, "replace": 6}  # about how often a run does it
+# Places, and about how often a run comes by.
+CALLS = {"update": 210, "act": 260, "evaluate": 7, "fsync": 9, "replace": 9, "replaced": 9}
 RUN_AND_DIE = """
-import importlib, os, signal, sys
-import torch
+import importlib
+import os
+import signal
+import sys
+
 root, name, place, count, *options = sys.argv[1:]
 sys.path.insert(0, root)
-script, left = importlib.import_module(name), int(count)
-owner = {"fsync": os, "replace": os}.get(place, script)
-original = getattr(owner, place)
+script = importlib.import_module(name)
+function = "replace" if place == "replaced" else place
+owner = os if function in ("fsync", "replace") else script
+original = getattr(owner, function)
+left = int(count)
+
 
 def counted(*inputs, **others):
     global left
@@ -40,92 +50,105 @@ def counted(*inputs, **others):
     if left == 0:
         if place == "fsync":
             os.ftruncate(inputs[0], 1000)
+        if place == "replaced":
+            original(*inputs)
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*inputs, **others)
 
-setattr(owner, place, counted)
+
+setattr(owner, function, counted)
 script.main(options)
 """
 
 
+@dataclass
+class Args:
+    """Kill runs at random places, resume them, and compare with runs left alone."""
+
+    scripts: tyro.conf.Positional[tuple[str, ...]] = SCRIPTS  # which scripts to try
+    points: int = 10  # places for each script
+    seed: int = 0  # of the places
+
+
 def run(name: str, run_dir: Path, *options: str) -> None:
-    importlib.import_module(name).main([*OPTIONS.split(), "--run-dir", str(run_dir), *options])
+    script = importlib.import_module(name)
+    script.main([*OPTIONS.split(), "--run-dir", str(run_dir), *options])
 
 
 def run_and_die(name: str, run_dir: Path, place: str, count: int) -> bool:
     """Whether SIGKILL came, at that call of that function; not if the run ended before."""
     inputs = [str(ROOT), name, place, str(count), *OPTIONS.split(), "--run-dir", str(run_dir)]
-    done = subprocess.run([sys.executable, "-c", RUN_AND_DIE, *inputs], capture_output=True, text=True)
-    if done.returncode not in (0, -9):
+    command = [sys.executable, "-c", RUN_AND_DIE, *inputs]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode not in (0, -signal.SIGKILL):
         raise RuntimeError(done.stderr)
-    return done.returncode == -9
+    return done.returncode == -signal.SIGKILL
 
 
 def resume(name: str, run_dir: Path) -> None:
-    """Go on; a run that died before its first checkpoint has not begun, and its own command starts it."""
-    if (run_dir / "checkpoint.pt").exists():
-        importlib.import_module(name).main(["--run-dir", str(run_dir), "--resume"])
-    else:
-        run(name, run_dir)
+    """Go on as the checkpoint says; a run that died before its first one starts, by its command."""
+    options = [] if (run_dir / "checkpoint.pt").exists() else OPTIONS.split()
+    script = importlib.import_module(name)
+    script.main([*options, "--run-dir", str(run_dir), "--resume"])
 
 
 def differences(left, right, where: str = "") -> list[str]:
     """Where two checkpoints, or parts of them, are not the same bit for bit."""
-    if isinstance(left, dict):
-        found = [] if left.keys() == right.keys() else [f"{where}: {left.keys() ^ right.keys()}"]
-        return found + [
-            d
-            for key in left.keys() & right.keys()
-            for d in differences(left[key], right[key], f"{where}/{key}")
-        ]
-    if isinstance(left, (list, tuple)) and len(left) == len(right):
-        return [d for i, pair in enumerate(zip(left, right)) for d in differences(*pair, f"{where}/{i}")]
-    same = torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
-    return [] if same else [where]
+    if isinstance(left, dict) and isinstance(right, dict):
+        if left.keys() != right.keys():
+            return [f"{where}: {left.keys() ^ right.keys()}"]
+        pairs = {key: (value, right[key]) for key, value in left.items()}
+    elif isinstance(left, (list, tuple)) and len(left) == len(right):
+        pairs = dict(enumerate(zip(left, right)))
+    else:
+        same = torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+        return [] if same else [where]
+    found = []
+    for key, (one, other) in pairs.items():
+        found += differences(one, other, f"{where}/{key}")
+    return found
 
 
 def compare(alone: Path, resumed: Path) -> list[str]:
     """What differs between two finished runs."""
-    same = (alone / "evals.csv").read_bytes() == (resumed / "evals.csv").read_bytes()
-    left, right = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (alone, resumed))
+    found = []
+    if (alone / "evals.csv").read_bytes() != (resumed / "evals.csv").read_bytes():
+        found.append("evals.csv")
+    left = torch.load(alone / "checkpoint.pt", weights_only=True)
+    right = torch.load(resumed / "checkpoint.pt", weights_only=True)
     for checkpoint in (left, right):
         del checkpoint["args"]  # where the run is, and that it was resumed
-    return ([] if same else ["evals.csv"]) + differences(left, right)
+    return found + differences(left, right)
 
 
-def main(names: list[str], points: int, seed: int) -> int:
-    random.seed(seed)
-    failures, killed = [], 0
-    progress = tqdm(total=points * len(names), unit=" points", mininterval=5)
-    for name in names:
+def main(args: Args) -> int:
+    random.seed(args.seed)
+    runs = args.points * len(args.scripts)
+    failures = []
+    killed = 0
+    progress = tqdm(total=runs, unit=" points", mininterval=5)
+    for name in args.scripts:
         with tempfile.TemporaryDirectory() as folder:
-            run(name, Path(folder, "alone"))
-            for point in range(points):
+            alone = Path(folder, "alone")
+            run(name, alone)
+            for point in range(args.points):
                 place = random.choice(list(CALLS))
                 count = random.randint(1, CALLS[place])
                 run_dir = Path(folder, str(point))
                 if run_and_die(name, run_dir, place, count):
                     killed += 1
                     resume(name, run_dir)
-                found = compare(Path(folder, "alone"), run_dir)
-                failures += [f"{name}, {place} {count}: {found[:5]}"] if found else []
+                found = compare(alone, run_dir)
+                if found:
+                    failures.append(f"{name}, {place} {count}: {found[:5]}")
                 progress.update()
     progress.close()
-    print(
-        f"{points * len(names)} runs, {killed} of them killed and resumed, {len(failures)} differ",
-        *failures,
-        sep="\n",
-    )
+    print(f"{runs} runs, {killed} of them killed and resumed, {len(failures)} differ")
+    for failure in failures:
+        print(failure)
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("scripts", nargs="*", default=SCRIPTS)
-    parser.add_argument("--points", type=int, default=10, help="for each script")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    sys.exit(main(given.scripts, given.points, given.seed))
+    sys.exit(main(tyro.cli(Args, description=__doc__)))

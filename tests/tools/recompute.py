@@ -1,5 +1,6 @@
 """Plain recomputations of what the scripts batch, and small agents and a batch to try them on."""
 
+import numpy as np
 import torch
 
 # Ways through the update of CQL and Cal-QL.
@@ -83,3 +84,33 @@ def updated(script, agent, optimizer, batch, args, seed=7, **kind):
     torch.manual_seed(seed)
     logs = script.update(agent, optimizer, batch, args, make_kind(script, **kind))
     return {name: float(value) for name, value in logs.items()}
+
+
+def summed_returns(rewards, episode_ends, gamma):
+    """Return-to-go (N,): for every row the discounted sum over its trajectory from there on."""
+    returns = np.zeros(len(rewards))
+    for first in range(len(rewards)):
+        discount = 1.0
+        for row in range(first, len(rewards)):
+            returns[first] += discount * float(rewards[row])
+            discount *= gamma
+            if episode_ends[row]:
+                break
+    return returns
+
+
+def make_rows(rows=20, timeouts=(), terminals=(), first=0):
+    """Transitions as load_d4rl names them, of 4 state and 2 action dimensions.
+
+    The rewards count up from first, so that rows can be told apart. The last row ends a trajectory.
+    """
+    rng = np.random.default_rng(first)
+    index = np.arange(rows)
+    return {
+        "observations": rng.normal(3, 2, size=(rows, 4)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, size=(rows, 2)).astype(np.float32),
+        "rewards": (first + index).astype(np.float32),
+        "next_observations": rng.normal(3, 2, size=(rows, 4)).astype(np.float32),
+        "terminals": np.isin(index, terminals),
+        "episode_ends": np.isin(index, [*timeouts, *terminals, rows - 1]),
+    }

@@ -1,7 +1,9 @@
-"""Checks that the sections all scripts share are byte-identical; --write copies them from calql_sera.py.
+"""Checks that the sections all scripts share are byte-identical; --write copies calql_sera.py's.
 
-A shared section runs from a ruler comment that ends in "(shared)" to the next ruler or the end of the file.
-Exit code 1, with the differences, where a script has drifted.
+    python tests/tools/shared_sections.py [--write]
+
+A shared section runs from a ruler comment that ends in "(shared)" to the next ruler, or to the end
+of the file. Exit code 1, with the differences, where a script has drifted.
 """
 
 import difflib
@@ -15,12 +17,15 @@ RULER = re.compile(r"^ *# -{30} (.+)$")
 
 
 def split(text: str) -> list[tuple[str, str]]:
-    """The file as pairs (ruler title, text up to the next ruler); what precedes the first has title ""."""
+    """The file as pairs (title of a ruler, text from it to the next); the first has title ""."""
     sections = [("", "")]
     for line in text.splitlines(keepends=True):
         ruler = RULER.match(line)
-        title, body = (ruler[1], "") if ruler else sections.pop()
-        sections.append((title, body + line))
+        if ruler:
+            sections.append((ruler[1], line))
+        else:
+            title, body = sections[-1]
+            sections[-1] = (title, body + line)
     return sections
 
 
@@ -30,23 +35,27 @@ def shared(sections: list[tuple[str, str]]) -> dict[str, str]:
 
 def main(root: Path, write: bool) -> int:
     model = shared(split((root / MODEL).read_text()))
-    drifted = 0
+    failed = False
     for path in sorted(root.glob("*_sera.py")):
         sections = split(path.read_text())
         own = shared(sections)
         if list(own) != list(model):
             print(f"{path.name}: shared sections {list(own)}, expected {list(model)}")
-            drifted = 1
+            failed = True
             continue
         for title, body in own.items():
-            if body != model[title]:
-                drifted = 1
-                before, after = body.splitlines(keepends=True), model[title].splitlines(keepends=True)
-                names = f"{path.name}: {title}", f"{MODEL}: {title}"
-                sys.stdout.writelines(difflib.unified_diff(before, after, *names))
+            difference = difflib.unified_diff(
+                body.splitlines(keepends=True),
+                model[title].splitlines(keepends=True),
+                f"{path.name}: {title}",
+                f"{MODEL}: {title}",
+            )
+            sys.stdout.writelines(difference)
         if write:
             path.write_text("".join(model.get(title, body) for title, body in sections))
-    return 0 if write else drifted
+        elif own != model:
+            failed = True
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
