@@ -941,7 +941,6 @@ class ReplayBuffer:
                 self.reward_scale *= 1000 / return_range(data)
             self.append(data)
         self.offline_size = self.size
-        self.offline_count = torch.full_like(self.online_count, self.offline_size)
         self.online_count.zero_()
 
     @property
@@ -999,14 +998,15 @@ class ReplayBuffer:
 
         A recorded step has Python's numbers for good: what grows is a number on the device.
         """
-        count = offline_rows + online_rows
-        indices = torch.rand(count, dtype=torch.float64, device=self.device)
-        offline, online = indices.split([offline_rows, online_rows])
+        draws = torch.rand(offline_rows + online_rows, dtype=torch.float64, device=self.device)
         if offline_rows:
-            offline *= self.offline_size
+            draws[:offline_rows] *= self.offline_size
         if online_rows:
-            torch.addcmul(self.offline_count, online, self.online_count, out=online)
-        return self.as_columns(self.table[indices.long()])
+            draws[offline_rows:] *= self.online_count
+        rows = draws.long()
+        if online_rows:  # only now: a sum of floats could be rounded up to the end of the table
+            rows[offline_rows:] += self.offline_size
+        return self.as_columns(self.table[rows])
 
     def sample_as(self, kind: StepKind, count: int) -> dict[str, Tensor]:
         """A batch of another size, mixed as that of the step is."""
