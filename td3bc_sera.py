@@ -907,7 +907,7 @@ class ReplayBuffer:
         }
         columns |= added_columns(transitions | {"rewards": rewards}, self.args)
         if bonus_q_is_stored(self.args):
-            columns["bonus_q"] = np.zeros(len(rewards))  # until the bonus needs it
+            columns["bonus_q"] = np.full(len(rewards), np.nan)  # until store_bonus_q
         if not self.columns:
             self.make_table(columns)
         rows = np.empty((len(rewards), self.table.shape[1]), dtype=np.float32)
@@ -944,12 +944,12 @@ class ReplayBuffer:
         """
         draws = torch.rand(offline_rows + online_rows, dtype=torch.float64, device=self.device)
         if offline_rows:
-            draws[:offline_rows] *= self.offline_size
+            draws[:offline_rows].mul_(self.offline_size)
         if online_rows:
-            draws[offline_rows:] *= self.online_count
+            draws[offline_rows:].mul_(self.online_count)
         rows = draws.long()
         if online_rows:  # only now: a sum of floats could be rounded up to the end of the table
-            rows[offline_rows:] += self.offline_size
+            rows[offline_rows:].add_(self.offline_size)
         return self.as_columns(self.table[rows])
 
     def sample_as(self, kind: StepKind, count: int) -> dict[str, Tensor]:
