@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait for each other
+# The networks here are tiny: more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*_sera.py"))
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "tools")]
@@ -21,7 +22,7 @@ def script(request):
 
 @pytest.fixture
 def real_data() -> Path:
-    """The folder of genuine D4RL samples that SERA_TEST_DATA names; without it the test is skipped."""
+    """The folder of genuine D4RL samples that SERA_TEST_DATA names; else the test is skipped."""
     folder = os.environ.get("SERA_TEST_DATA")
     if not folder:
         pytest.skip("SERA_TEST_DATA is not set: no genuine D4RL samples at hand")

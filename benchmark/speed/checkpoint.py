@@ -3,15 +3,17 @@
     python benchmark/speed/checkpoint.py [--env ant-medium-v2] [SCRIPT ...]
 
 The buffer is filled with 250,000 online rows, the most that a run by the defaults has; the interval
-is the default --checkpoint-every. Updates are those of the offline phase, the faster ones.
+is the default --checkpoint-every. Updates are those of the online phase, bonus included.
 """
 
+import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,46 +32,94 @@ class Args:
     """which scripts"""
     env: str = "ant-medium-v2"
     """dataset id, whose dimensions count"""
+    rows: int = 250_000
+    """online rows in the buffer"""
+    updates: int = 100
+    """updates that are timed"""
+    repeats: int = 5
+    """checkpoints that are written"""
     folder: Path | None = None
-    """where the checkpoints are written; by default a temporary one"""
+    """where they are written; by default a temporary one"""
 
 
-def measure(name: str, env: str, folder: str, repeats: int = 5) -> dict[str, float]:
-    """Seconds of a checkpoint (median), size in MB, updates per second, share of run time."""
-    script = __import__(name)
-    args = script.Args(env=env, device="cpu", offline_steps=0, online_steps=250_000)
-    task, rng = script.find_task(env), np.random.default_rng(0)
-    networks, optimizer = script.make_networks(task.observation_dim, task.action_dim, args)
-    state = SimpleNamespace(phase="online", step=1, evals=[("online", 0, 0, 0.0, 0, 0.0)] * 1000)
-    state.networks, state.bonus_networks, state.optimizer = networks, networks, optimizer
-    state.env, state.data_sha256 = script.make_env(env), "0" * 64
-    state.env.reset(seed=0)
-    rows = {
-        "observations": rng.normal(size=(250_000, task.observation_dim)),
-        "actions": rng.uniform(-1, 1, size=(250_000, task.action_dim)).astype(np.float32),
-        "rewards": rng.normal(size=250_000),
-        "terminals": np.zeros(250_000, bool),
-        "dones": np.arange(250_000) % 1000 == 999,
+def online_rows(task: Any, rows: int) -> dict[str, np.ndarray]:
+    """Made-up transitions, as load_d4rl gives them."""
+    rng = np.random.default_rng(0)
+    return {
+        "observations": rng.normal(size=(rows, task.observation_dim)),
+        "actions": rng.uniform(-1, 1, size=(rows, task.action_dim)),
+        "rewards": rng.normal(size=rows),
+        "next_observations": rng.normal(size=(rows, task.observation_dim)),
+        "terminals": np.zeros(rows, dtype=bool),
+        "episode_ends": np.arange(rows) % 1000 == 999,
     }
-    state.buffer = script.ReplayBuffer(None, args)
-    state.buffer.append(rows | {"next_observations": rows["observations"]})
 
-    def updates_per_second(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            state.step += 1
-            script.update(state, state.buffer.sample(0, args.batch_size), args)
-        return count / (time.perf_counter() - start)
 
-    updates_per_second(20)
-    rate, times, path = updates_per_second(100), [], Path(folder, f"{name}.pt")
+def make_run(script: ModuleType, script_args: Any, folder: Path, rows: int) -> Any:
+    """A run at the end of its online phase, with a row of evals.csv for every 250 steps."""
+    task, _ = script.find_task(script_args.env)
+    device = torch.device("cpu")
+    agent = script.Agent(task.observation_dim, task.action_dim, script_args)
+    optimizer, scheduler = script.make_optimizer(agent, script_args)
+    buffer = script.ReplayBuffer(None, script_args, device)
+    buffer.append(online_rows(task, rows))
+    env = script.make_env(script_args.env)
+    env.reset(seed=0)
+    run = script.Run(
+        agent=agent,
+        bonus_agent=agent,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        buffer=buffer,
+        env=env,
+        phase="online",
+        step=rows,
+        evals=[("online", 0, 0, 0.0, 0, 0.0)] * (rows // 250),
+        train_scores=[0.0] * (rows // 1000),
+        device=device,
+        run_dir=folder,
+        data_sha256="0" * 64,
+    )
+    script.store_bonus_q(run, script_args, 0, buffer.size)
+    return run
+
+
+def seconds_per_update(script: ModuleType, run: Any, script_args: Any, updates: int) -> float:
+    start = time.perf_counter()
+    for number in range(1, updates + 1):
+        policy_due = script.policy_is_due(number, script_args)
+        kind = script.StepKind(True, 0, script_args.batch_size, policy_due, False)
+        script.train_step(run, script_args, kind)
+    return (time.perf_counter() - start) / updates
+
+
+def seconds_per_checkpoint(script: ModuleType, run: Any, script_args: Any, repeats: int) -> float:
+    """The median."""
+    times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        script.save_checkpoint(path, state, args)
+        script.save_checkpoint(run, script_args)
         times.append(time.perf_counter() - start)
-    seconds, size = float(np.median(times)), path.stat().st_size / 1e6
-    share = 100 * seconds / (seconds + args.checkpoint_every / rate)
-    return {"seconds": seconds, "MB": size, "updates/s": rate, "share of run time, %": share}
+    return statistics.median(times)
+
+
+def measure(name: str, args: Args, folder: Path) -> dict[str, float]:
+    """Seconds of a checkpoint, its size in MB, updates per second, share of run time."""
+    script = __import__(name)
+    options = {"offline_steps": 0, "online_steps": args.rows}
+    script_args = script.Args(env=args.env, device="cpu", **options)
+    run = make_run(script, script_args, folder, args.rows)
+    seconds_per_update(script, run, script_args, 10)  # warms up
+    update = seconds_per_update(script, run, script_args, args.updates)
+    checkpoint = seconds_per_checkpoint(script, run, script_args, args.repeats)
+    size = (folder / "checkpoint.pt").stat().st_size
+    interval = checkpoint + script_args.checkpoint_every * update
+    return {
+        "seconds": checkpoint,
+        "MB": size / 1e6,
+        "updates/s": 1 / update,
+        "share of run time, %": 100 * checkpoint / interval,
+    }
 
 
 def main(args: Args) -> int:
@@ -80,7 +130,7 @@ def main(args: Args) -> int:
     torch.manual_seed(0)
     for name in args.scripts:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            figures = measure(name, args.env, folder)
+            figures = measure(name, args, Path(folder))
         text = "  ".join(f"{key} {value:.3g}" for key, value in figures.items())
         print(f"{name:12}", text, flush=True)
     return 0

@@ -6,11 +6,11 @@
 Its files are imported as they are; the environments, D4RL and Weights & Biases, of which an update
 needs nothing, are left out. One call of its jitted function makes 8 updates, as published. Networks
 have the widths and depths of the scripts' defaults, but TD3+BC's and AWAC's critics and IQL's value
-network have LayerNorm there, and AWAC's target is that of a (256, 256) broadcast. turns.py has the
-protocol: a request names an algorithm and seconds.
+network have LayerNorm there. turns.py has the protocol: a request names an algorithm and seconds.
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ class Args:
     """a checkout of JAX-CORL"""
     shape: tuple[int, int]
     """dimensions of states and actions"""
+    threads: int
+    """CPU threads: XLA has no option for them, but takes no more than the cores that it may use"""
 
 
 class LeftOut(ModuleType):
@@ -111,7 +113,14 @@ class Training:
         jax.block_until_ready(self.state)
 
 
+def use_cores(count: int) -> None:
+    """Before JAX looks for its devices."""
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
 def main(args: Args) -> None:
+    use_cores(args.threads)
     trainings = {}
 
     def answer(algorithm: str, seconds: float) -> dict:

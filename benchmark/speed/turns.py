@@ -22,7 +22,7 @@ class Worker:
 
     def __init__(self, command: list[str], threads: int, environment: dict[str, str] | None = None):
         self.name = " ".join(command)
-        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"), str(threads))
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

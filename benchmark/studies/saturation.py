@@ -67,6 +67,7 @@ class Sampler:
         all_logs = []
         for _ in range(batches):
             batch = self.buffer.sample(self.args.batch_size, 0)
+            batch.pop("bonus_q", None)  # nothing is stored here: ask the critics
             bonus, logs = self.script.intrinsic_reward(
                 self.agent, batch, self.varying_dims, self.args, log=True
             )

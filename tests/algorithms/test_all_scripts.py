@@ -584,3 +584,12 @@ def test_presets(script):
             expected |= script.PRESETS[start] if env.startswith(start) else {}
         args = script.parse_args(["--env", env, "--device", "cpu"])
         assert args == script.Args(**expected), env
+
+
+def test_presets_of_longer_starts_win(script, monkeypatch):
+    """Where two presets of a dataset name the same argument, whatever their order in the table."""
+    for starts in (("hopper", "hopper-medium-m"), ("hopper-medium-m", "hopper")):
+        presets = {start: {"sera_k": len(start)} for start in starts}
+        monkeypatch.setattr(script, "PRESETS", presets)
+        assert script.parse_args(["--env", "hopper-medium-mini"]).sera_k == len("hopper-medium-m")
+        assert script.parse_args(["--env", "hopper-expert-v2"]).sera_k == len("hopper")

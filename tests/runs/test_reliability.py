@@ -610,6 +610,45 @@ def test_tensorboard_rows(place, count, alone, tmp_path):
         assert found[tag] == rows, tag
 
 
+def test_tensorboard_steps(alone, tmp_path):
+    """Online steps are counted on from the offline ones, and online step 0 has a step of its own.
+
+    Without an offline phase they are what they are.
+    """
+    found = scalars(alone)
+    online = [0, 40, 80, 120, 150]
+    expected = [40, 60] + [60 + 1 + step for step in online]
+    assert [step for step, _ in found["eval/return"]] == expected
+    offline = list(range(10, 61, 10))
+    expected = offline + [60 + 1 + step for step in range(10, 151, 10)]
+    assert [step for step, _ in found["losses/td"]] == expected
+    kill_points.run("sac_sera", tmp_path / "run", "--offline-steps", "0")
+    found = scalars(tmp_path / "run")
+    assert [step for step, _ in found["eval/return"]] == online
+    assert [step for step, _ in found["losses/td"]] == list(range(10, 151, 10))
+
+
+def test_tensorboard_rows_are_flushed(script, tmp_path, monkeypatch):
+    """What was logged before a checkpoint is on the disk before it: a crash can lose none of it."""
+    happened = []
+    original_flush = script.SummaryWriter.flush
+    original_save = script.save_checkpoint
+
+    def flush(writer):
+        happened.append("flush")
+        original_flush(writer)
+
+    def save_checkpoint(run, args):
+        happened.append("save")
+        original_save(run, args)
+
+    monkeypatch.setattr(script.SummaryWriter, "flush", flush)
+    monkeypatch.setattr(script, "save_checkpoint", save_checkpoint)
+    steps = ["--offline-steps", "4", "--online-steps", "0", "--checkpoint-every", "2"]
+    kill_points.run(script.__name__, tmp_path / "run", *steps)
+    assert happened == ["save"] + ["flush", "save"] * 2  # the first has nothing behind it
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
