@@ -7,6 +7,7 @@ those of the moment of recording for good. A stand-in for CUDA graphs records an
 
 import contextlib
 import copy
+import functools
 import itertools
 
 import numpy as np
@@ -137,18 +138,15 @@ def test_operations_of_an_update(script, hopper_run):
     """An update dispatches no more operations than it did, the policy's part included or not."""
     run, args = hopper_run
     batch = run.buffer.sample(128, 128)
-    counts = {}
-    for policy_due in UPDATE_BUDGETS[script.__name__]:
+    budgets = UPDATE_BUDGETS[script.__name__]
+    assert budgets.keys() == {script.policy_is_due(number, args) for number in range(1, 5)}
+    for policy_due, budget in budgets.items():
         kind = script.StepKind(True, 128, 128, policy_due, False)
-        script.update(run.agent, run.optimizer, batch, args, kind)  # the first makes Adam's state
-        counted = count_operations(
-            lambda kind=kind: script.update(run.agent, run.optimizer, batch, args, kind)
-        )
-        counts[policy_due] = counted.total()
-    for policy_due, budget in UPDATE_BUDGETS[script.__name__].items():
-        assert counts[policy_due] <= budget
-    dues = {script.policy_is_due(number, args) for number in range(1, 5)}
-    assert dues == counts.keys()
+        update = functools.partial(script.update, run.agent, run.optimizer, batch, args, kind)
+        update()  # the first makes Adam's state
+        counted = count_operations(update)
+        assert counted["_fused_adam_"] >= 1
+        assert counted.total() <= budget
 
 
 def test_operations_of_a_batch(script, hopper_run):
@@ -175,6 +173,18 @@ def test_operations_of_the_bonus(script, hopper_run):
     assert counted["topk"] == 1
     assert counted["digamma"] == counted["baddbmm"] == 0
     assert counted.total() <= BONUS_BUDGET
+
+
+def test_operations_are_counted():
+    """The counting is not blind, and neither views nor an optimizer's hooks count."""
+    x = torch.randn(3, 4, requires_grad=True)
+    counted = count_operations(lambda: (x.t().reshape(2, 6).unsqueeze(0)[0] * 2).sum().backward())
+    assert counted["mul"] == 2  # forward and backward
+    assert counted["sum"] == 1
+    optimizer = torch.optim.SGD([x], 0.1)
+    hooks = count_operations(optimizer.zero_grad)
+    assert not hooks
+    assert not computes(torch.ops.aten.view.default)
 
 
 # ------------------------------ nothing waits for the device
@@ -640,14 +650,16 @@ def trained(script, record, **changes):
         run.recorded_step = None
     torch.manual_seed(5)
     logged = []
-    for run.step in range(1, 13):
-        due = script.policy_is_due(run.step, args)
-        logs = script.train_step(run, args, offline_kind(script, due, run.step % 3 == 0))
+    for step in range(1, 13):
+        run.step = step
+        due = script.policy_is_due(step, args)
+        logs = script.train_step(run, args, offline_kind(script, due, step % 3 == 0))
         logged.append({name: value.clone() for name, value in logs.items()})
     go_online(script, run, args)
-    for run.step in range(1, 25):
-        due = script.policy_is_due(run.step, args)
-        logs = script.train_step(run, args, online_kind(script, due, run.step % 3 == 0))
+    for step in range(1, 25):
+        run.step = step
+        due = script.policy_is_due(step, args)
+        logs = script.train_step(run, args, online_kind(script, due, step % 3 == 0))
         logged.append({name: value.clone() for name, value in logs.items()})
         add_online_rows(script, run, args, 1)
     return run, logged
@@ -685,12 +697,22 @@ def test_recorded_training(script, cuda):
     run, logged = trained(script, True, **changes)
     assert same(results_of(run, logged), expected)
     calls = run.recorded_step.calls
-    assert sum(calls.values()) == 36
-    assert sum(graph.replays for graph in cuda.graphs) == sum(
-        number - 3 for number in calls.values() if number > 3
-    )
-    for kind in (online_kind(script, True, False), online_kind(script, True, True)):
-        assert (kind,) in run.recorded_step.graphs
+    assert sum(calls.values()) == 12 + 24
+    replays = {case: graph.replays for case, graph in run.recorded_step.graphs.items()}
+    assert replays == {case: number - 3 for case, number in calls.items() if number > 3}
+    assert {case[0].online for case in replays} == {False, True}
+    assert {case[0].log for case in replays} == {False, True}
+
+
+def test_training_without_graphs(cuda, capsys):
+    """Where recording is refused, training is what it is without."""
+    changes = RECORDED["td3bc_sera"]
+    expected = results_of(*trained(td3bc_sera, False, **changes))
+    cuda.refuse = RuntimeError("not here")
+    assert same(results_of(*trained(td3bc_sera, True, **changes)), expected)
+    assert cuda.notes.count("recording") == 1
+    said = "CUDA graphs do not work here (not here): going on without\n"
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("plant", PLANTS)
@@ -827,7 +849,8 @@ def test_stored_q(script, kind):
     """It is the q of the frozen agent, bit for bit, of the rows asked for and of no other."""
     run, args = make_run(script, sera_bonus=kind, online_steps=20_000)
     with torch.no_grad():
-        run.agent.critics.layers[0].weight.mul_(2)  # since the agent was frozen
+        for parameter in run.agent.parameters():  # since the agent was frozen
+            parameter.mul_(1.5)
     run.buffer.append(hopper_rows(15_000))
     script.store_bonus_q(run, args, 50, 13_000)
     stored = run.buffer.as_columns(run.buffer.table)["bonus_q"]
@@ -836,10 +859,9 @@ def test_stored_q(script, kind):
     for rows in (slice(50, 10_050), slice(10_050, 13_000)):  # as many at a time as memory allows
         batch = run.buffer.as_columns(run.buffer.table[rows])
         expected = script.conditioning_value(run.bonus_agent, batch, args)
+        learned = script.conditioning_value(run.agent, batch, args)
         assert torch.equal(stored[rows], expected)
-        assert not torch.isclose(
-            expected, script.conditioning_value(run.agent, batch, args), rtol=1e-3
-        ).all()
+        assert not torch.allclose(learned, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{"sera_critic": "offline"}, {"sera_critic": "random"}])
@@ -987,21 +1009,10 @@ def test_estimate_on_a_gpu(with_pool, monkeypatch):
 
 def test_psi_table(script):
     """psi(n + 1) / d by another library, rounded once, and made once."""
-    for dtype, exact in ((torch.float64, False), (torch.float32, True)):
-        table = script.psi_table(300, 11, dtype, CPU)
-        expected = (digamma(np.arange(300) + 1) / 11).astype(str(dtype).removeprefix("torch."))
-        np.testing.assert_allclose(table, expected, rtol=1e-7 if exact else 1e-14)
-        assert script.psi_table(300, 11, dtype, CPU) is table
+    expected = digamma(np.arange(300) + 1) / 11
+    table = script.psi_table(300, 11, torch.float64, CPU)
+    np.testing.assert_allclose(table, expected, rtol=1e-14)
+    table = script.psi_table(300, 11, torch.float32, CPU)
+    np.testing.assert_array_equal(table, expected.astype(np.float32))
+    assert script.psi_table(300, 11, torch.float32, CPU) is table
     assert script.psi_table(300, 5, torch.float32, CPU) is not table
-
-
-def test_operations_are_counted():
-    """The counting is not blind, and neither views nor an optimizer's hooks count."""
-    x = torch.randn(3, 4, requires_grad=True)
-    counted = count_operations(lambda: (x.t().reshape(2, 6).unsqueeze(0)[0] * 2).sum().backward())
-    assert counted["mul"] == 2  # forward and backward
-    assert counted["sum"] == 1
-    optimizer = torch.optim.SGD([x], 0.1)
-    hooks = count_operations(lambda: optimizer.zero_grad())
-    assert not hooks
-    assert not computes(torch.ops.aten.view.default)
