@@ -156,6 +156,31 @@ def test_choice():
     assert mutate.chosen_mutations(mutate.Args(["cql_sera"], sample=999)) == LISTS["cql_sera"]
 
 
+def test_survivors(monkeypatch):
+    """Tests have to pass first, once; then each bug is alone in its script, and a miss is told."""
+    seen = []
+
+    def copy_project(folder):
+        folder.mkdir()
+        (folder / "sac_sera.py").write_text(CODE)
+
+    def tests_pass(folder, entry):
+        text = (folder / "sac_sera.py").read_text()
+        seen.append((text == CODE, "three" in text, "words" in text))
+        return entry["tests"] != "broken.py" and (text == CODE or "three" in text)
+
+    monkeypatch.setattr(mutate, "copy_project", copy_project)
+    monkeypatch.setattr(mutate, "tests_pass", tests_pass)
+    entry = {"script": "sac_sera", "tests": "sound.py", "what": "three"}
+    first = entry | {"in": "LIMITS", "find": "two", "replace": "three"}
+    second = entry | {"what": "deeds", "in": "__doc__", "find": "words", "replace": "deeds"}
+    found = mutate.survivors([first, second])
+    assert found == ["sac_sera: three: passes sound.py"]
+    assert seen == [(True, False, True), (False, True, True), (False, False, False)]
+    with pytest.raises(RuntimeError, match=r"broken.py fails without any bug"):
+        mutate.survivors([first | {"tests": "broken.py"}])
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "parts"),
     [

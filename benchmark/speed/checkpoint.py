@@ -109,7 +109,7 @@ def measure(name: str, args: Args, folder: Path) -> dict[str, float]:
     options = {"offline_steps": 0, "online_steps": args.rows}
     script_args = script.Args(env=args.env, device="cpu", **options)
     run = make_run(script, script_args, folder, args.rows)
-    seconds_per_update(script, run, script_args, 10)  # warms up
+    seconds_per_update(script, run, script_args, 1 + args.updates // 10)  # warms up
     update = seconds_per_update(script, run, script_args, args.updates)
     checkpoint = seconds_per_checkpoint(script, run, script_args, args.repeats)
     size = (folder / "checkpoint.pt").stat().st_size

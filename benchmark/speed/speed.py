@@ -151,8 +151,9 @@ def start_workers(args: Args, folder: Path) -> dict[tuple[str, int], Worker]:
 
 
 def jax_environment(args: Args, folder: Path) -> dict[str, str]:
-    """What is compiled for one number of threads serves the next, too."""
+    """What is compiled for one number of threads serves the next, and a GPU is shared."""
     return {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAX_PLATFORMS": args.device,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -309,6 +310,8 @@ def write(found: dict, args: Args, machine: dict) -> None:
 
 def header(machine: dict, args: Args) -> str:
     lines = [f"{machine['processor']}; torch {machine['torch']}; today is {machine['commit']};"]
+    if machine["load"] is not None:
+        lines += [f"before the first turn {machine['load']:.1f} processes wanted a core;"]
     lines += [f"{args.shape[0]} + {args.shape[1]} dimensions, batch 256;"]
     lines += [f"median of {args.rounds} turns of {args.seconds:g} s", ""]
     lines += [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
@@ -324,6 +327,7 @@ def measure(args: Args, folder: Path, stack: contextlib.ExitStack) -> None:
         "processor": processor(args.device),
         "torch": torch.__version__,
         "commit": commit(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "shape": args.shape,
         "seconds": args.seconds,
     }

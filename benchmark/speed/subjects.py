@@ -33,7 +33,7 @@ KINDS = {  # the number is lambda, the weight of the bonus
 HOPPER = (11, 3)
 ROWS = 100_000  # of the made-up dataset
 ONLINE_ROWS = 5_000  # that are there when the online cases begin
-WARM_UP = 20  # calls: more than a recording needs for TD3+BC's two kinds of updates
+WARM_UP = 10  # calls: a recording needs four of each of TD3+BC's two kinds of updates
 # How a training step is run. On a CPU scripts are eager by default, on a GPU compiled.
 MODES = {
     "eager": {"cudagraphs": False, "compile": "no"},
@@ -154,6 +154,8 @@ class Today:
 
     def start(self, mode: str, coefficient: str) -> tuple[Any, Any]:
         """A run as the script sets it up, and its arguments."""
+        if mode == "compiled":  # by several runs here, more often than torch.compile expects
+            torch._dynamo.config.recompile_limit = 100
         args = self.parsed_args(coefficient)
         for name, value in MODES[mode].items():
             setattr(args, name, value)

@@ -70,12 +70,12 @@ def rate(call: Callable[[], object], seconds: float, wait: Callable[[], object],
 
 
 @contextlib.contextmanager
-def busy_neighbour() -> Iterator[None]:
+def busy_neighbour() -> Iterator[subprocess.Popen]:
     """Another process that keeps one core busy."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         time.sleep(0.2)  # until it has started
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 from subjects import cases_of, load_script, write_data
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,8 +74,6 @@ def flops_of(call: Callable[[], object]) -> float:
 
 def main(args: Args) -> None:
     sys.path.insert(0, str(args.root))
-    # The cases of a script compile the same functions: more often than torch.compile expects.
-    torch._dynamo.config.recompile_limit = 100
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder, "data.hdf5"), args.shape)
         serve(Timer(args, Path(folder)).answer)

@@ -121,8 +121,8 @@ UPDATE_BUDGETS = {
     "sac_sera": {True: 158},
     "td3bc_sera": {False: 54, True: 102},
 }
-OFFLINE_BATCH_BUDGET = 5
-MIXED_BATCH_BUDGET = 9
+OFFLINE_BATCH_BUDGET = 4
+MIXED_BATCH_BUDGET = 6
 BONUS_BUDGET = 19
 
 
@@ -616,7 +616,7 @@ def test_refused_recording(error, reason, cuda, capsys):
     assert len(cuda.graphs) == 1
     cuda.refuse = error
     total = 10
-    for number in range(1, 10):
+    for _ in range(9):
         for key in (2, 3, 1):  # that of the last is recorded already
             total += 2 * key
             assert recording(key, torch.ones(2)).tolist() == [1 + total] * 2
@@ -854,8 +854,8 @@ def test_stored_q(script, kind):
     run.buffer.append(hopper_rows(15_000))
     script.store_bonus_q(run, args, 50, 13_000)
     stored = run.buffer.as_columns(run.buffer.table)["bonus_q"]
-    assert not stored[:50].any()
-    assert not stored[13_000:].any()
+    assert stored[:50].isnan().all()
+    assert stored[13_000:15_100].isnan().all()
     for rows in (slice(50, 10_050), slice(10_050, 13_000)):  # as many at a time as memory allows
         batch = run.buffer.as_columns(run.buffer.table[rows])
         expected = script.conditioning_value(run.bonus_agent, batch, args)

@@ -1,7 +1,9 @@
-"""speed/speed.py: small runs, and that what it compares with is what it says."""
+"""speed/: small runs of each program, and that what they measure is what they say."""
 
+import functools
 import importlib
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,66 +11,384 @@ import torch
 from conftest import ROOT, SCRIPTS
 
 sys.path.insert(0, str(ROOT / "benchmark" / "speed"))
+import bonus
+import checkpoint
+import count
+import parts
+import peak
 import speed
+import subjects
+import turns
+import worker
+from operations import HostSync, HostSyncError, count_operations
+
+BEFORE = "07bf3d9"  # the last commit with the interfaces of subjects.Before
+SMALL = " --batch-size 32 --hidden-dim 16 --sera-k 5"
 
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    """speed.py gives hopper other dimensions and environments, and sets threads: put all back."""
+    """Cases may give hopper other dimensions and environments, and set threads: put all back."""
     threads = torch.get_num_threads()
     for name in SCRIPTS:
         script = importlib.import_module(name)
-        monkeypatch.setitem(sys.modules, name, script)
         monkeypatch.setitem(script.TASKS, "hopper", script.TASKS["hopper"])
         monkeypatch.setattr(script, "make_env", script.make_env)
     yield
     torch.set_num_threads(threads)
 
 
-def test_speed(script, tmp_path, capsys):
-    """Every phase of a script gets a line in the table and in the file, with a positive speed."""
-    name, output = script.__name__, tmp_path / "speed.jsonl"
-    speed.main(
-        speed.Args((name,), (5, 2), 0.01, 1, compile=False, knn=False, threads=1, output=output)
+@pytest.fixture
+def subject(script, tmp_path, monkeypatch):
+    """A script's cases, with small networks, few rows and an environment that does nothing."""
+    monkeypatch.setattr(subjects, "OPTIONS", subjects.OPTIONS + SMALL)
+    monkeypatch.setattr(subjects, "WARM_UP", 4)
+    shape = (5, 2)
+    subjects.write_data(tmp_path / "data.hdf5", shape, rows=600)
+    return subjects.cases_of(subjects.load_script(script.__name__, shape), tmp_path, "cpu")
+
+
+def record_calls(monkeypatch, module, name):
+    """The inputs of each call of a function from here on, in a list."""
+    function = getattr(module, name)
+    calls = []
+
+    @functools.wraps(function)
+    def recording(*inputs, **options):
+        calls.append(inputs)
+        return function(*inputs, **options)
+
+    monkeypatch.setattr(module, name, recording)
+    return calls
+
+
+# ------------------------------ cases
+@pytest.mark.parametrize("kind", subjects.KINDS)
+def test_case(subject, kind, monkeypatch):
+    """A case does what its name says: its own rows, the bonus if lambda is 1, TD3+BC's delay."""
+    script = subject.script
+    case = subject.case(kind, "eager")
+    bonuses = record_calls(monkeypatch, script, "intrinsic_reward")
+    updates = record_calls(monkeypatch, script, "update")
+    monkeypatch.delattr(script, "run_evaluation")
+    monkeypatch.delattr(script, "save_checkpoint")
+    assert case.mode == "eager"
+    assert case.turn(0.02) > 0
+    if case.call:
+        case.call()
+    online = kind != "offline"
+    kinds = [inputs[-1] for inputs in updates]
+    for step in kinds:
+        assert step.online == online
+        assert (step.offline_rows, step.online_rows) == ((16, 16) if online else (32, 0))
+        assert not step.log
+    assert len(updates) >= 2
+    assert len(bonuses) == (len(updates) if kind.endswith("1") else 0)
+    assert {step.policy_due for step in kinds[:2]} == {True, script.policy_is_due(1, script.Args())}
+
+
+@pytest.mark.parametrize("coefficient", [0, 1])
+def test_steps_are_the_scripts_own(subject, coefficient, monkeypatch):
+    """A turn of steps is the online phase: act, update, environment; then all is as before."""
+    script = subject.script
+    end_of_step = script.end_of_step
+    case = subject.case(f"step-{coefficient}", "eager")
+    actions = record_calls(monkeypatch, script, "act")
+    steps = record_calls(monkeypatch, subjects.NullEnv, "step")
+    updates = record_calls(monkeypatch, script, "update")
+    assert case.turn(0.02) > 0
+    assert len(actions) == len(steps) == len(updates) >= 2
+    assert script.end_of_step is end_of_step
+
+
+def test_compiling_falls_back(tmp_path, monkeypatch):
+    """Where torch.compile fails, a case says in which mode it really runs."""
+
+    def no_compiler(function, **options):
+        def compiled(*inputs):
+            raise RuntimeError("no compiler")
+
+        return compiled
+
+    monkeypatch.setattr(subjects, "WARM_UP", 2)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    subjects.write_data(tmp_path / "data.hdf5", (11, 3), rows=600)
+    script = subjects.load_script("td3bc_sera")
+    case = subjects.cases_of(script, tmp_path, "cpu").case("offline", "compiled")
+    assert case.mode == "eager"
+
+
+def test_unknown_interface(tmp_path):
+    """Scripts of neither interface are refused."""
+    with pytest.raises(ValueError, match="neither train_step nor make_networks"):
+        subjects.cases_of(importlib.import_module("json"), tmp_path, "cpu")
+
+
+# ------------------------------ turns
+def test_rate(monkeypatch):
+    """Calls per second: whole calls, until the turn is over, waited for as often as is asked."""
+    now = [0.0]
+    waited = []
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
+
+    def call():
+        now[0] += 0.25
+
+    assert turns.rate(call, 1.1, lambda: None) == 4
+    assert now[0] == 1.25
+    assert turns.rate(call, 1.1, lambda: waited.append(now[0]), calls=4) == 4
+    assert waited == [1.25, 2.25, 3.25]
+
+
+def test_stopwatch(monkeypatch):
+    """Steps per second: the first end of a step starts the watch, and the turn ends in time."""
+    now = [0.0]
+    monkeypatch.setattr(subjects.time, "perf_counter", lambda: now[0])
+    watch = subjects.Stopwatch(1.0)
+    with pytest.raises(subjects.TurnIsOver):
+        for _ in range(100):
+            watch.step_ends()
+            now[0] += 0.5
+    assert watch.times == [0, 0.5, 1.0]
+    assert watch.rate() == 2
+
+
+def test_in_turns(monkeypatch):
+    """Everything gets a turn a round, every second round backwards, quiet and with a neighbour."""
+    order = []
+    neighbours = []
+
+    def fake_neighbour():
+        neighbours.append(len(order))
+        return turns.contextlib.nullcontext()
+
+    def turn(name):
+        return lambda seconds: order.append(name) or seconds * len(order)
+
+    monkeypatch.setattr(turns, "busy_neighbour", fake_neighbour)
+    both = {"a": turn("a"), "b": turn("b")}
+    rates = turns.in_turns(both, 2, 0.5, (False, True))
+    assert "".join(order) == "ababbaba"
+    assert neighbours == [2, 6]
+    assert rates["a", False] == [0.5, 3.0]
+    assert rates["b", True] == [2.0, 3.5]
+
+
+def test_busy_neighbour():
+    """It lives as long as it is wanted."""
+    with turns.busy_neighbour() as process:
+        assert process.poll() is None
+    assert process.returncode is not None
+
+
+def test_worker_protocol(tmp_path, capfd):
+    """Requests are answered in order; other lines are shown; an end is an error, with its name."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmark' / 'speed')!r})\n"
+        "from turns import serve\n"
+        "print('hello')\n"
+        "serve(lambda number: {'half': number / 2, 'threads': os.environ['OMP_NUM_THREADS']})\n"
     )
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    kinds = {(line["phase"], line["coefficient"]) for line in lines if "phase" in line}
-    assert kinds == {("offline update", "-"), ("online update", 0), ("online update", 1)}
-    assert all(
-        line["script"] == name and line["updates_per_second"] > 0
-        for line in lines
-        if "phase" in line
-    )
-    assert lines[0]["gflop"] > 0 and 0 < lines[0]["peak_fraction"] < 1.5
-    assert capsys.readouterr().out.count(f"| {name} |") >= 3
+    process = turns.Worker([sys.executable, str(program)], threads=3)
+    assert process.ask(number=4) == {"half": 2.0, "threads": "3"}
+    assert process.ask(number=5)["half"] == 2.5
+    with pytest.raises(RuntimeError, match=r"without an answer.*program\.py"):
+        process.ask(wrong=5)
+    process.close()
+    assert "hello" in capfd.readouterr().err
 
 
-def test_online_steps(script, tmp_path):
-    """The script's own online phase, timed with an environment that costs nothing."""
-    args = speed.Args((script.__name__,), threads=1)
-    speed.write_data(tmp_path / "data.hdf5", args.shape)
-    assert (
-        speed.online_steps(
-            speed.load(script.__name__, args.shape), args, str(tmp_path), 1, True, 20
-        )
-        > 0
-    )
+# ------------------------------ speed.py
+@pytest.mark.parametrize("against", [str(ROOT), BEFORE])
+def test_speed(against, tmp_path, capsys):
+    """Each kind gets a row for both versions, in the table and in the file; so does the peak."""
+    if against == BEFORE:
+        command = ["git", "-C", str(ROOT), "cat-file", "-e", f"{BEFORE}^{{commit}}"]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip(f"the history here does not have commit {BEFORE}")
+    args = speed.Args(("td3bc_sera",), against=against, threads=(1,), seconds=0.01, rounds=1)
+    args.output = tmp_path / "speed.jsonl"
+    assert speed.main(args) == 0
+    lines = [json.loads(line) for line in args.output.read_text().splitlines()]
+    rows = {(line["what"], line["code"]) for line in lines}
+    versions = {(kind, code) for kind in subjects.KINDS for code in (speed.TODAY, against)}
+    assert rows == versions | {(speed.PEAK, "torch")}
+    for line in lines:
+        assert line["script"] == "td3bc_sera"
+        assert line["per_second"] > 0 or line["mode"] == "oneDNN"  # not every CPU has it
+        is_update = line["what"] in ("offline", "online-0", "online-1")
+        assert (line["share_of_peak"] is not None) == is_update
+        if is_update:
+            assert line["flop"] > 1e6
+            assert line["share_of_peak"] == line["per_second"] * line["flop"] / line["peak"]
+    assert capsys.readouterr().out.count("| td3bc_sera |") == len(lines)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scripts": ("dqn_sera",)}, "there is no script dqn_sera.py"),
+        ({"kinds": ("later",)}, "--kinds later"),
+        ({"modes": ("recorded",)}, "--modes recorded: needs --device cuda"),
+        ({"against": "no_such_commit"}, "--against no_such_commit"),
+        ({"jax_corl": ROOT}, "there is no folder algos in it"),
+    ],
+)
+def test_speed_refuses(change, message, capsys):
+    """What cannot be measured is said in a sentence, before anything is started."""
+    assert speed.main(speed.Args(**change)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_today_over_it():
+    """Ratios pair the turns of a round, with today's default mode, threads and neighbour alike."""
+    today = speed.Row("offline", speed.TODAY, "eager", 1)
+    compiled = today._replace(mode="compiled")
+    other = today._replace(code="d3rlpy", mode="-")
+    rates = {
+        (today, False): [10.0, 20.0, 40.0],
+        (compiled, False): [30.0, 60.0, 120.0],
+        (other, False): [5.0, 5.0, 5.0],
+        (today, True): [1.0, 1.0, 1.0],
+        (other, True): [2.0, 2.0, 2.0],
+        (today._replace(threads=2), False): [7.0, 7.0, 7.0],
+    }
+    args = speed.Args(device="cpu", modes=("eager", "compiled"))
+    assert speed.today_over(other, False, rates, args) == 4.0
+    assert speed.today_over(other, True, rates, args) == 0.5
+    assert speed.today_over(compiled, False, rates, args) == pytest.approx(1 / 3)
+    args.device = "cuda"
+    assert speed.today_over(other, False, rates, args) == 12.0
+    assert speed.today_over(today, False, rates, args) == 3.0
+
+
+def test_peak_of():
+    """The peak is the better library's median, by the number of threads, in quiet."""
+    slow = speed.Row(speed.PEAK, "torch", "MKL", 1)
+    fast = slow._replace(mode="oneDNN")
+    rates = {
+        (slow, False): [1.0, 2.0, 9.0],
+        (fast, False): [3.0, 3.0, 3.0],
+        (fast, True): [5.0, 5.0, 5.0],
+        (fast._replace(threads=2), False): [6.0, 6.0, 6.0],
+    }
+    assert speed.peak_of(rates, 1) == 3.0
+
+
+def test_only_float32_counts_as_peak():
+    """A product in bfloat16 is told from one in float32."""
+    product, exact = peak.matrix_product("cpu", 64)
+    assert peak.is_float32(product(), exact)
+    left, right = torch.randn(2, 64, 64)
+    rounded = (left.bfloat16() @ right.bfloat16()).float()
+    assert not peak.is_float32(rounded, left.double() @ right.double())
+
+
+def test_flops():
+    """Matrix products are counted, two operations for each pair of numbers, on average of calls."""
+    left, right = torch.randn(2, 8, 8)
+    turn = iter(range(4))
+    assert worker.flops_of(lambda: left @ right if next(turn) % 2 else left) == 8**3
+
+
+# ------------------------------ the other programs
 def test_plain_bonus(script):
     """What the bonus is compared with computes the same thing, but for how it treats equal rows."""
-    torch.manual_seed(0)
-    ours = speed.bonus_alone(script, "scripts", 64, 3, "cpu")()["entropy"]
-    torch.manual_seed(0)
-    torch.testing.assert_close(speed.bonus_alone(script, "plain", 64, 3, "cpu")()["entropy"], ours)
+    ours = bonus.entropy(script, "script", 64, 3, "cpu")()
+    torch.testing.assert_close(bonus.entropy(script, "plain", 64, 3, "cpu")(), ours)
 
 
-@pytest.mark.parametrize("technique", speed.techniques(), ids=lambda technique: technique["what"])
-def test_techniques(technique, tmp_path):
-    """Each technique can be undone in the scripts it names, and they still run."""
-    args = speed.Args(shape=(5, 2), threads=1)
-    speed.write_data(tmp_path / "data.hdf5", args.shape)
-    for name in technique["scripts"]:
-        script = speed.load(name, args.shape, speed.undone(technique, name))
-        speed.offline_update(script, args, str(tmp_path), script.update)()
-        speed.online_update(script, args, str(tmp_path), 1)()
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize("version", ["script", "plain"])
+def test_bonus_alone(version):
+    """Time and memory are measured: 300 rows in 40 dimensions need 14 MB by broadcasting."""
+    args = bonus.Args(seconds=0.01, rounds=1)
+    milliseconds, mebibytes = bonus.measure(version, 300, 40, args)
+    assert milliseconds > 0
+    if version == "plain":
+        assert 300**2 * 40 * 4 / 2**20 / 2 < mebibytes < bonus.plain_mebibytes(300, 40) * 2
+    else:
+        assert mebibytes < 10
+
+
+def test_parts_of_an_update():
+    """Time in matrix products is told from other time."""
+    left, right = torch.randn(2, 256, 256)
+    in_products, kernels = parts.profile(lambda: torch.relu(left @ right), 3, "cpu")
+    assert in_products > 0
+    assert kernels == 0
+    assert parts.profile(lambda: torch.relu(left), 3, "cpu") == (0, 0)
+
+
+def test_checkpoint(script, tmp_path):
+    """A run with its online rows is made, and the checkpoint that it writes is the script's own."""
+    args = checkpoint.Args(env="hopper-medium-v2", rows=1000, updates=2, repeats=1)
+    figures = checkpoint.measure(script.__name__, args, tmp_path)
+    assert all(number > 0 for number in figures.values())
+    written = script.read_checkpoint(tmp_path / "checkpoint.pt")
+    assert len(written["online_rows"]) == 1000
+    assert figures["MB"] == (tmp_path / "checkpoint.pt").stat().st_size / 1e6
+
+
+def test_counts(script):
+    """The parts of a step have operations; the bonus is as long in all; TD3+BC's delay saves some.
+
+    Stored q save the pass of the critics, and numbers to log cost a few operations.
+    """
+    found = {name: operations.total() for name, operations in count.counts(script).items()}
+    assert 0 < found["sampling"] < 10
+    assert found["bonus"] < found["bonus, learning critics"]
+    assert found["bonus"] < found["bonus, numbers to log"] < found["update"]
+    assert found["update"] < found["update, numbers to log"] < found["update"] + 20
+    delay = "update without the policy"
+    assert (delay in found) == (script.__name__ == "td3bc_sera")
+    assert found.get(delay, 0) < found["update"]
+
+
+def test_count_operations():
+    """What computes is counted, backwards too; views, allocations and hooks are not."""
+    x = torch.randn(4, 6, requires_grad=True)
+
+    def function():
+        with torch.profiler.record_function("hook"):
+            y = x.view(6, 4)[1:].mT.detach()
+            torch.empty_like(y)
+            return (y + 1).relu()
+
+    assert count_operations(function) == {"add": 1, "relu": 1}
+    counts = count_operations(lambda: (x * 3).sum().backward())
+    assert counts["mul"] == 2  # forward and backward
+    assert counts["sum"] == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x[0] > 0),
+        lambda x: x[x > 0],
+        lambda x: x.clone().index_put_((x > 0,), torch.tensor(1.0)),
+        lambda x: torch.where(x > 0),
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: torch.equal(x, x),
+        lambda x: x.unique(),
+        lambda x: torch.distributions.Normal(x, x.exp()),  # validates
+        lambda x: torch.distributions.Normal(x, x.exp(), validate_args=False).sample(),
+    ],
+)
+def test_host_sync_is_found(function):
+    """Whatever makes Python wait for a number or a shape is an error."""
+    with pytest.raises(HostSyncError), HostSync():
+        function(torch.randn(5))
+
+
+def test_no_host_sync():
+    """What can be recorded passes: indices, masks that keep the shape, noise."""
+    x = torch.randn(5)
+    with HostSync():
+        y = x[torch.tensor([0, 2])] + x[1:3]
+        y = torch.where(y > 0, y, 0.0).masked_fill(y < -1, 1.0)
+        torch.distributions.Normal(y, y.exp(), validate_args=False).rsample()
