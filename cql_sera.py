@@ -1149,6 +1149,7 @@ def run_evaluation(run: "Run", args: Args) -> None:
     seeds = seeds.generate_state(args.eval_episodes)
     if args.capture_video:
         run.eval_envs[0].set_wrapper_attr("name_prefix", f"{run.phase}-step-{run.step}")
+        run.eval_envs[0].set_wrapper_attr("episode_id", -1)  # the name ends in it, from 0
 
     policy = functools.partial(act, run, deterministic=True)
     returns, lengths = evaluate(policy, run.eval_envs, seeds)
