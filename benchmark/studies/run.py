@@ -12,8 +12,22 @@ ones are resumed from their checkpoint, failed ones tried again and reported at 
 of each finished run is gathered in runs/ beside the grid file, with the options that made it in
 commands.json. --dry-run prints all commands, in an order in which they can be run.
 
-On a cluster, --address names it (`ray start` on every machine), --out is a folder that all
-machines share, --gpus may be a fraction. Threads of a run are pinned to --threads.
+Each run gets --threads CPU threads, one by default. On a cluster, --address names it (`ray start`
+on every machine) and --out is a folder that all machines share.
+
+One run leaves most of a GPU idle. Sixteen at once on one card:
+
+    python benchmark/studies/run.py GRID.toml --jobs 16 --gpus 0.06
+
+where --gpus is the share of a run, rounded down so that all of them fit. For such shares, on this
+machine, the runner starts NVIDIA's MPS, which lets the runs compute side by side, and stops it at
+the end, also after Ctrl-C. It uses an MPS that is there already, if CUDA_MPS_PIPE_DIRECTORY names
+it, and leaves it alone. Without the program nvidia-cuda-mps-control, or with --no-mps, the runs
+take turns on the card. Two things to know: under MPS a run that fails on the GPU may take its
+neighbours with it (all are tried again), and where MPS starts but does not work, as in some
+containers, CUDA finds no card: a log.txt then says cpu, and --no-mps helps. Should the runner be
+killed with SIGKILL, MPS stays: `CUDA_MPS_PIPE_DIRECTORY=/tmp/mps-.../pipe nvidia-cuda-mps-control`
+and then `quit` ends it.
 
 [critics] is for studies of the bonus's critics: name = options of an offline run, say few =
 "--offline-steps 1000" or other = "--seed 101"; a variant given as {options = "...", critics =
@@ -33,7 +47,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +77,8 @@ class Args:
     """CPU threads of a run"""
     gpus: float = 0.0
     """GPUs of a run, 0.25 for four on one"""
+    mps: bool = True
+    """NVIDIA's MPS for runs that share a GPU of this machine"""
     retries: int = 2
     """how often a run that failed is tried again"""
     address: str | None = None
@@ -80,11 +99,14 @@ class Run:
     critics: "Run | None" = None  # whose networks stand behind the bonus
     csv: Path | None = None  # where its evals.csv is gathered
 
-    def command(self) -> list[str]:
-        """The words of the command; --resume starts a run where there is none yet."""
-        script = str(ROOT / f"{self.script}.py")
+    def command(self, threads: int = 1) -> list[str]:
+        """The words of the command; --resume starts a run where there is none yet.
+
+        The threads are no part of the options, and so not of the name of the folder either.
+        """
+        program = [sys.executable, str(ROOT / f"{self.script}.py"), "--threads", str(threads)]
         options = shlex.split(self.options)
-        return [sys.executable, script, *options, "--run-dir", str(self.folder), "--resume"]
+        return [*program, *options, "--run-dir", str(self.folder), "--resume"]
 
     def before(self) -> list["Run"]:
         """The runs that have to end before this one can start."""
@@ -250,7 +272,7 @@ def execute(run: Run, threads: int, *before: str) -> str:
     log = run.folder / "log.txt"
     with open(log, "ab") as file:
         done = subprocess.run(
-            run.command(),
+            run.command(threads),
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             stdout=file,
@@ -300,11 +322,66 @@ def missing_runs(runs: list[Run], grid_file: Path) -> list[Run]:
     return [run for run in runs if run in wanted]
 
 
+# ------------------------------ several runs on one GPU
+MPS = "nvidia-cuda-mps-control"
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def needs_mps(args: Args) -> bool:
+    """Whether to start MPS: runs of this machine share a GPU, and nobody has started one."""
+    if not args.mps or args.address or not 0 < args.gpus < 1:
+        return False
+    if "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        return False
+    if not shutil.which(MPS):
+        print(f"{MPS} is not on PATH: runs share the card by time slicing")
+        return False
+    return True
+
+
+def leave(number: int, frame: object) -> None:
+    """For a signal: end the runner, but through its finally."""
+    sys.exit(128 + number)
+
+
+@contextmanager
+def shared_gpu(args: Args) -> Iterator[None]:
+    """MPS from here to the end, whatever the end is, for the processes that are started inside."""
+    if not needs_mps(args):
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in INTERRUPTIONS}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, leave)
+    with tempfile.TemporaryDirectory(prefix="mps-", ignore_cleanup_errors=True) as folder:
+        places = {}
+        for name in ("pipe", "log"):
+            places[f"CUDA_MPS_{name.upper()}_DIRECTORY"] = f"{folder}/{name}"
+            os.mkdir(f"{folder}/{name}")
+        os.environ.update(places)
+        environment = dict(os.environ)
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # MPS would renumber the cards of the runs
+        try:
+            started = subprocess.run([MPS, "-d"], env=environment, start_new_session=True)
+            if started.returncode:
+                print(f"{MPS} did not start: runs share the card by time slicing")
+            yield
+        finally:
+            for number in handlers:
+                signal.signal(number, signal.SIG_IGN)  # nobody is hurried out of this
+            subprocess.run([MPS], input="quit\n", text=True, timeout=60)
+            for name in places:
+                del os.environ[name]
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
 # ------------------------------ all runs
 def print_commands(runs: list[Run], threads: int) -> None:
     """What would be run, a line for each run."""
     for run in runs:
-        line = f"OMP_NUM_THREADS={threads} {shlex.join(run.command())}"
+        line = f"OMP_NUM_THREADS={threads} {shlex.join(run.command(threads))}"
         if run.start:
             checkpoint = run.start.folder / "checkpoint.pt"
             line = f"mkdir -p {run.folder} && cp {checkpoint} {run.folder} && {line}"
@@ -352,9 +429,14 @@ def wait_for_all(pending: dict, grid_file: Path) -> dict[str, str]:
 def run_all(runs: list[Run], args: Args) -> int:
     """Run on Ray; 1 if a run failed."""
     cpus = None if args.address else args.jobs * args.threads
-    ray.init(args.address, num_cpus=cpus, log_to_driver=False)
-    failures = wait_for_all(start_all(runs, args), args.grid)
-    ray.shutdown()
+    with shared_gpu(args):
+        try:
+            ray.init(args.address, num_cpus=cpus, log_to_driver=False)
+            if not args.address and ray.cluster_resources().get("GPU", 0) < args.gpus:
+                raise ValueError(f"--gpus {args.gpus}: Ray finds no such GPU on this machine")
+            failures = wait_for_all(start_all(runs, args), args.grid)
+        finally:
+            ray.shutdown()  # ends the runs: MPS waits for them
     print(f"{len(runs)} runs, {len(failures)} failed")
     for name, reason in failures.items():
         print(f"{name}: {reason}")
@@ -369,7 +451,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not args.dry_run:
             return run_all(runs, args)
         print_commands(runs, args.threads)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, subprocess.TimeoutExpired) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ seeds = [1, 2]
 options = "{}--offline-steps 6 --online-steps 12 --eval-every 6 --eval-episodes 1 --batch-size 8"
 
 [script_options]
-td3bc_sera = "--sera-k 2"
+td3bc_sera = "--sera-k 2 --device cpu"
 
 [critics]
 few = "--offline-steps 2"
@@ -51,11 +54,39 @@ def start(grid: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_grid(tmp_path):
+@pytest.fixture
+def mps_log(tmp_path, monkeypatch):
+    """A program in the place of NVIDIA's, and the file in which it notes its calls."""
+    log = tmp_path / "mps_log"
+    program = tmp_path / "bin" / run.MPS
+    program.parent.mkdir()
+    program.write_text(
+        "#!/bin/sh\n"
+        'words="$*"\n'
+        '[ "$words" ] || read words\n'
+        '[ -d "$CUDA_MPS_LOG_DIRECTORY" ] || words="no folder"\n'
+        f'echo "$words $CUDA_MPS_PIPE_DIRECTORY $CUDA_VISIBLE_DEVICES" >> {log}\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    return log
+
+
+def started_and_quit_once(log: Path) -> bool:
+    """Whether the calls are a start and a quit, both of one MPS, whose folder is gone."""
+    (first, folder), (last, same, _) = (line.split() for line in log.read_text().splitlines())
+    return (first, last) == ("-d", "quit") and folder == same and not Path(folder).exists()
+
+
+def test_grid(tmp_path, mps_log, monkeypatch):
     """2 variants x 2 seeds, and one that fails: what is run, gathered, shared, skipped."""
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')  # Ray takes it for granted
     grid = grid_file(tmp_path / "study", GRID + BROKEN)
-    done = start(grid, tmp_path / "out", "--retries", "1")
+    done = start(grid, tmp_path / "out", "--retries", "1", "--gpus", "0.5")
     assert done.returncode == 1, done.stderr
+    assert started_and_quit_once(mps_log)
     summary = (
         done.stdout[done.stdout.index("10 runs") :].strip().splitlines()
     )  # Ray has its say before
@@ -87,6 +118,7 @@ def test_grid(tmp_path):
     lines = start(grid, tmp_path / "out", "--dry-run").stdout.splitlines()
     assert len(lines) == 2 and "--online-steps 0" in lines[0] and "--seed 2" in lines[0]
     assert lines[1].startswith("mkdir -p") and lines[1].endswith("--resume")
+    assert "td3bc_sera.py --threads 1 --" in lines[1]
     assert "--sera-scale dim" in lines[1]
 
     # Other options under the same names are no reason to skip.
@@ -152,6 +184,123 @@ def test_other_critics(tmp_path):
         own["bonus_agent"]["critics.layers.0.weight"]
     )
     script.main(item.command()[2:])  # goes on with them
+
+
+def test_threads_are_no_part_of_a_run(tmp_path):
+    """--threads reaches the script, and neither the folder nor the noted options know of it."""
+    for item in run.plan(grid_file(tmp_path / "study", GRID), tmp_path):
+        words = item.command(threads=3)
+        script = importlib.import_module(item.script)
+        assert script.parse_args(words[2:]).threads == 3
+        assert words[-2] == str(item.folder)
+        assert "--threads" not in run.origin(item)
+    gathered = ROOT / "docs" / "results" / "small" / "grid.toml"
+    items = run.plan(gathered, tmp_path)
+    assert run.missing_runs(items, gathered) == []  # its options are those that were noted
+
+
+# ------------------------------ several runs on one GPU
+@pytest.mark.parametrize("end", ["all went well", "failure", *run.INTERRUPTIONS])
+def test_mps_ends_with_the_runner(end, mps_log):
+    """Started once and quit once, however the runs end; nothing of it stays."""
+    before = dict(os.environ)
+    handlers = [signal.getsignal(number) for number in run.INTERRUPTIONS]
+    try:
+        with run.shared_gpu(run.Args(Path("grid.toml"), gpus=0.5)):
+            assert Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"]).is_dir()
+            if end == "failure":
+                raise RuntimeError(end)
+            if end in run.INTERRUPTIONS:
+                os.kill(os.getpid(), end)
+    except RuntimeError:
+        assert end == "failure"
+    except SystemExit as error:
+        assert error.code == 128 + end
+    else:
+        assert end == "all went well"
+    assert started_and_quit_once(mps_log)
+    assert dict(os.environ) == before
+    assert [signal.getsignal(number) for number in run.INTERRUPTIONS] == handlers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gpus": 0}, {"gpus": 1}, {"mps": False}, {"address": "10.0.0.1:6379"}],
+    ids=["no GPU", "a whole GPU", "--no-mps", "cluster"],
+)
+def test_mps_is_not_started(options, mps_log):
+    """Where no runs share a card, on a cluster, and where it is not wanted."""
+    args = run.Args(Path("grid.toml"), **({"gpus": 0.5} | options))
+    with run.shared_gpu(args):
+        assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
+    assert not mps_log.exists()
+
+
+def test_mps_of_somebody_else(mps_log, monkeypatch):
+    """It is used, and left alone."""
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/theirs")
+    with run.shared_gpu(run.Args(Path("grid.toml"), gpus=0.5)):
+        assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/theirs"
+    assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "/theirs"
+    assert not mps_log.exists()
+
+
+def test_no_mps_program(monkeypatch, capsys, tmp_path):
+    """One sentence says so, and the runs go on without it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    with run.shared_gpu(run.Args(Path("grid.toml"), gpus=0.5)):
+        assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
+    output = capsys.readouterr().out
+    assert "time slicing" in output and output.count("\n") == 1
+
+
+def environments(text: str) -> list[str]:
+    """The environment of each process whose command has a text in it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if text in (process / "cmdline").read_text():
+                found.append((process / "environ").read_text())
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks at /proc: Linux only")
+def test_interrupted_grid_with_mps(mps_log, tmp_path, monkeypatch):
+    """Ctrl-C in the middle of a run: it had MPS, and ends with it and the runner."""
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')  # Ray takes it for granted
+    text = GRID.replace("[1, 2]", "[1]").replace("--offline-steps 6", "--offline-steps 9_000_000")
+    grid = grid_file(tmp_path / "study", text)
+    script = ROOT / "benchmark" / "studies" / "run.py"
+    command = [sys.executable, str(script), str(grid), "--out", str(tmp_path / "out")]
+    running = str(run.plan(grid, tmp_path / "out")[0].folder)
+    runner = subprocess.Popen([*command, "--gpus", "0.5"])
+    deadline = time.monotonic() + 120
+    try:
+        while not environments(running):
+            assert runner.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        pipe = mps_log.read_text().split()[1]
+        assert f"CUDA_MPS_PIPE_DIRECTORY={pipe}" in environments(running)[0]
+        runner.send_signal(signal.SIGINT)
+        assert runner.wait(timeout=60) != 0
+    finally:
+        runner.kill()
+    assert started_and_quit_once(mps_log)
+    while environments(running):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_no_such_gpu(tmp_path, monkeypatch, capsys):
+    """An error where Ray would wait for ever."""
+    monkeypatch.setattr(run.ray, "init", lambda *arguments, **options: None)
+    monkeypatch.setattr(run.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    grid = grid_file(tmp_path / "study", GRID)
+    assert run.main([str(grid), "--gpus", "0.5", "--no-mps"]) == 2
+    assert capsys.readouterr().err.startswith("error: --gpus 0.5: ")
 
 
 # ------------------------------ measures

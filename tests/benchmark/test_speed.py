@@ -301,16 +301,20 @@ def test_plain_bonus(script):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
-@pytest.mark.parametrize("version", ["script", "plain"])
-def test_bonus_alone(version):
-    """Time and memory are measured: 300 rows in 40 dimensions need 14 MB by broadcasting."""
-    args = bonus.Args(seconds=0.01, rounds=1)
-    milliseconds, mebibytes = bonus.measure(version, 300, 40, args)
-    assert milliseconds > 0
-    if version == "plain":
-        assert 300**2 * 40 * 4 / 2**20 / 2 < mebibytes < bonus.plain_mebibytes(300, 40) * 2
-    else:
-        assert mebibytes < 10
+def test_bonus_alone(tmp_path, capsys):
+    """Time and memory are measured: by broadcasting 300 rows in 40 dimensions need 14 MiB a go."""
+    args = bonus.Args(rows=(300,), dimensions=(40, 1000), seconds=0.01, rounds=1)
+    args.most_mebibytes = 100
+    args.output = tmp_path / "bonus.jsonl"
+    bonus.main(args)
+    lines = [json.loads(line) for line in args.output.read_text().splitlines()]
+    memory = {(line["bonus"], line["dimension"]): line["mebibytes"] for line in lines}
+    assert memory.keys() == {("script", 40), ("plain", 40), ("script", 1000)}
+    assert memory["script", 40] < 10
+    assert memory["script", 1000] < 10
+    assert 13 < memory["plain", 40] < 2 * bonus.plain_mebibytes(300, 40)
+    assert all(line["milliseconds"] > 0 for line in lines)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| - | about 1,030 |")
 
 
 def test_parts_of_an_update():
@@ -320,6 +324,17 @@ def test_parts_of_an_update():
     assert in_products > 0
     assert kernels == 0
     assert parts.profile(lambda: torch.relu(left), 3, "cpu") == (0, 0)
+
+
+def test_parts_of_a_script(tmp_path, monkeypatch):
+    """A row has ms per update, those of its products, and what these come to at their best."""
+    monkeypatch.setitem(parts.SIZES, "cpu", 64)
+    subjects.write_data(tmp_path / "data.hdf5", subjects.HOPPER, rows=600)
+    args = parts.Args(seconds=0.01, rounds=1, updates=2)
+    name, total, in_products, at_best, rest, kernels = parts.figures("td3bc_sera", tmp_path, args)
+    assert (name, kernels) == ("td3bc_sera", "")
+    assert float(total) > 0 and float(in_products) > 0 and float(at_best) > 0
+    assert float(rest) == pytest.approx(float(total) - float(in_products), abs=0.011)
 
 
 def test_checkpoint(script, tmp_path):
