@@ -1646,6 +1646,8 @@ def set_up(
         "args": asdict(args),
         "data_file": data_file,
         "data_sha256": data_sha256,
+        "device": device.type,
+        "threads": run.threads,
         "versions": versions(),
     }
     start_logs(run, args, config)

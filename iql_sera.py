@@ -1590,6 +1590,8 @@ def set_up(
         "args": asdict(args),
         "data_file": data_file,
         "data_sha256": data_sha256,
+        "device": device.type,
+        "threads": run.threads,
         "versions": versions(),
     }
     start_logs(run, args, config)
