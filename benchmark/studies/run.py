@@ -432,6 +432,7 @@ def run_all(runs: list[Run], args: Args) -> int:
     with shared_gpu(args):
         try:
             ray.init(args.address, num_cpus=cpus, log_to_driver=False)
+            signal.signal(signal.SIGTERM, leave)  # Ray's own handler aborts after three seconds
             if not args.address and ray.cluster_resources().get("GPU", 0) < args.gpus:
                 raise ValueError(f"--gpus {args.gpus}: Ray finds no such GPU on this machine")
             failures = wait_for_all(start_all(runs, args), args.grid)
