@@ -177,8 +177,8 @@ def test_survivors(monkeypatch):
     found = mutate.survivors([first, second])
     assert found == ["sac_sera: three: passes sound.py"]
     assert seen == [(True, False, True), (False, True, True), (False, False, False)]
-    with pytest.raises(RuntimeError, match=r"broken.py fails without any bug"):
-        mutate.survivors([first | {"tests": "broken.py"}])
+    found = mutate.survivors([first | {"tests": "broken.py", "select": "test_it"}])
+    assert found == ["sac_sera: three: broken.py -k test_it fails without any bug"]
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,7 @@ def test_download_fails(refuse, tmp_path, monkeypatch):
         ("--log-every", "0", "at least 1"),
         ("--updates-per-step", "0", "at least 1"),
         ("--batch-size", "0", "at least 1"),
+        ("--threads", "0", "at least 1"),
         ("--sera-k", "0", "at least 1"),
         ("--sera-pool", "-1", "at least 0"),
         ("--seed", "-1", "at least 0"),
