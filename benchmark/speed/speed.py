@@ -106,10 +106,17 @@ def check(args: Args) -> None:
     if args.device == "cpu" and "recorded" in args.modes:
         raise ValueError("--modes recorded: needs --device cuda")
     if args.threads is None:
-        all_threads = os.cpu_count() if args.device == "cpu" else 1
-        args.threads = tuple(sorted({1, all_threads}))
+        most = cores() if args.device == "cpu" else 1
+        args.threads = tuple(sorted({1, most}))
     if args.jax_corl and not (args.jax_corl / "algos").is_dir():
         raise ValueError(f"--jax-corl {args.jax_corl}: there is no folder algos in it")
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def scripts_of(against: str, folder: Path) -> Path:
@@ -228,10 +235,11 @@ def today_over(row: Row, neighbour: bool, rates: dict, args: Args) -> float | No
     mode = DEFAULT_MODE[args.device]
     if mode not in args.modes:
         mode = args.modes[0]
-    for (other, other_neighbour), theirs in rates.items():
+    for (other, other_neighbour), todays in rates.items():
         same = (other.what, other.threads, other_neighbour) == (row.what, row.threads, neighbour)
         if same and other.code == TODAY and other.mode.startswith(mode):
-            return statistics.median(mine / own for mine, own in zip(theirs, rates[row, neighbour]))
+            pairs = zip(todays, rates[row, neighbour])
+            return statistics.median(today / its for today, its in pairs)
     return None
 
 

@@ -15,6 +15,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 ANSWER = "answer: "  # what a line begins with that is not just printed
+BUSY = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:  # else it would stay for ever if that were killed
+    for _ in range(1_000_000):
+        pass
+"""
 
 
 class Worker:
@@ -72,7 +79,7 @@ def rate(call: Callable[[], object], seconds: float, wait: Callable[[], object],
 @contextlib.contextmanager
 def busy_neighbour() -> Iterator[subprocess.Popen]:
     """Another process that keeps one core busy."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    process = subprocess.Popen([sys.executable, "-c", BUSY])
     try:
         time.sleep(0.2)  # until it has started
         yield process

@@ -123,7 +123,7 @@ UPDATE_BUDGETS = {
 }
 OFFLINE_BATCH_BUDGET = 4
 MIXED_BATCH_BUDGET = 6
-BONUS_BUDGET = 19
+BONUS_BUDGET = 18
 
 
 @pytest.fixture
@@ -228,6 +228,16 @@ def test_no_step_leaves_the_device(script):
         run, args = make_run(script, META, **changes)
         run.optimizer.step = lambda: None
         make_all_steps(script, META, run, args)
+
+
+@pytest.mark.parametrize("device", [CPU, META])
+def test_acting_does_not_wait(script, device):
+    """Neither does an action, with noise or without, ask for a number or leave the device."""
+    run, _ = make_run(script, device)
+    observations = torch.zeros(4, 11, device=device)
+    for deterministic in (True, False):
+        with OnlyOn(device), HostSync(), torch.no_grad():
+            assert run.agent.act(observations, deterministic).shape == (4, 3)
 
 
 @pytest.mark.parametrize(
