@@ -390,7 +390,7 @@ def test_count_operations():
         lambda x: x.masked_select(x > 0),
         lambda x: torch.equal(x, x),
         lambda x: x.unique(),
-        lambda x: torch.distributions.Normal(x, x.exp()),  # validates
+        lambda x: torch.distributions.Normal(x, x.exp(), validate_args=True),
         lambda x: torch.distributions.Normal(x, x.exp(), validate_args=False).sample(),
     ],
 )
