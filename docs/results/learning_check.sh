@@ -28,7 +28,7 @@ jobs() {
     done
     for lambda in 1 0; do
         job sac_hopper_scratch_lambda${lambda}_seed1 sac_sera.py hopper --offline-steps 0 --mixing-ratio 0 \
-            --online-steps 30000 --sera-coef $lambda
+            --learning-starts 0 --online-steps 30000 --sera-coef $lambda
         for script in cql calql; do
             job "${script}_hopper_lambda${lambda}_seed1" ${script}_sera.py hopper --offline-steps 8000 \
                 --online-steps 2000 --eval-every 2000 --sera-coef $lambda
@@ -39,7 +39,7 @@ jobs() {
         for seed in 1 2; do
             for lambda in 1 0; do
                 job "td3bc_hopper_${mode}_lambda${lambda}_seed$seed" td3bc_sera.py hopper --bc-online $mode \
-                    --offline-steps 30000 --online-steps 10000 --sera-coef $lambda --seed $seed
+                    --bc-anneal-steps 5000 --offline-steps 30000 --online-steps 10000 --sera-coef $lambda --seed $seed
             done
         done
     done
