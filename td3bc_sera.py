@@ -571,18 +571,18 @@ def train_step(run: "Run", args: Args, kind: StepKind) -> dict[str, Tensor]:
 
 def sample_and_update(run: "Run", args: Args, kind: StepKind) -> dict[str, Tensor]:
     """A batch, the bonus, and one update: all of it on the device, and all that varies in kind."""
-    pay, learn = intrinsic_reward, update
+    bonus_function, update_function = intrinsic_reward, update
     if run.compiled and not kind.log:  # numbers to log are wanted too seldom to compile them
-        pay, learn = run.compiled
+        bonus_function, update_function = run.compiled
     batch = run.buffer.sample(kind.offline_rows, kind.online_rows)
     logs = {}
     if kind.online and args.sera_coef:
         pool = None  # neighbours are sought in the batch itself
         if args.sera_pool and args.sera_bonus != "constant":
             pool = run.buffer.sample_as(kind, args.sera_pool)
-        bonus, logs = pay(run.bonus_agent, batch, run.varying_dims, args, kind.log, pool)
+        bonus, logs = bonus_function(run.bonus_agent, batch, run.varying_dims, args, kind.log, pool)
         batch["rewards"] = batch["rewards"] + bonus  # the buffer keeps its own
-    return logs | learn(run.agent, run.optimizer, batch, args, kind)
+    return logs | update_function(run.agent, run.optimizer, batch, args, kind)
 
 
 def log_is_due(run: "Run", args: Args) -> bool:
@@ -1476,8 +1476,9 @@ def choose_matmul(device: torch.device) -> None:
         return
     torch.set_float32_matmul_precision("medium")
     x = torch.linspace(-1, 1, 256 * 256).reshape(256, 256).sin()
-    error = (x @ x - x.double() @ x.double()).abs().max()
-    if error > 1e-5 * (x.double() @ x.double()).abs().max():
+    exact = x.double() @ x.double()
+    error = (x @ x - exact).abs().max() / exact.abs().max()
+    if error > 1e-5:
         torch.set_float32_matmul_precision("highest")
         say(f"oneDNN rounds float32 products (error {error:.0e}): going on with MKL")
 
@@ -1570,11 +1571,11 @@ def set_up(
     run.varying_dims = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(device)
     if checkpoint:
         restore(run, args, checkpoint)
-        if run.phase == "online":
-            store_bonus_q(run, args, 0, run.buffer.offline_size)
     else:
         run.threads = choose_threads(run, args)
-    torch.set_num_threads(run.threads)
+    torch.set_num_threads(run.threads)  # first: another number rounds differently
+    if run.phase == "online":
+        store_bonus_q(run, args, 0, run.buffer.offline_size)
     if device.type == "cuda":
         record_steps(run, args)
     if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda"):

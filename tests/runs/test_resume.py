@@ -3,8 +3,11 @@
 kill_points.py tries more places.
 """
 
+import importlib
+
 import kill_points
 import pytest
+import torch
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +62,23 @@ def test_comparison(alone, tmp_path):
     parts = ("evals.csv", "/agent/actor", "/bonus_agent/critics", "/optimizer", "/online_rows")
     for part in (*parts, "/rng_cpu", "/rng_env"):
         assert any(place.startswith(part) for place in found), part
+
+
+def test_threads_of_a_resumed_run(tmp_path, monkeypatch):
+    """The checkpoint's number of threads holds before the frozen critics are asked again."""
+    script = importlib.import_module("sac_sera")
+    kill_points.run("sac_sera", tmp_path / "run", "--threads", "2")
+    seen = []
+
+    def store_bonus_q(*inputs):
+        seen.append(torch.get_num_threads())
+        return original(*inputs)
+
+    original = script.store_bonus_q
+    monkeypatch.setattr(script, "store_bonus_q", store_bonus_q)
+    torch.set_num_threads(1)
+    try:
+        script.main(["--run-dir", str(tmp_path / "run"), "--resume"])
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [2]
