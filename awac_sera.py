@@ -110,7 +110,7 @@ class Args:
     batch_size: int = 256  # transitions of a batch
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak rate of the target networks
-    mixing_ratio: float = 0.5  # share of dataset transitions in an online batch
+    mixing_ratio: float = 0.5  # share of the dataset in a batch of --online-sampling mix
     normalize_observations: bool = True  # to mean 0, standard deviation 1 over the dataset
     normalize_rewards: bool = False  # times 1000 / (best - worst return of the dataset)
     reward_scale: float = 1.0  # then rewards are multiplied by this
@@ -125,6 +125,7 @@ class Args:
     sera_scale: Literal["none", "dim"] = "none"  # as printed, or states / dim and standardised q
 
     # ------------------------------ AWAC arguments
+    online_sampling: Literal["append", "mix"] = "mix"  # draw from all transitions alike, or mix
     actor_lr: float = 3e-4  # learning rate of the policy
     critic_lr: float = 3e-4  # learning rate of critics
     weight_decay: float = 1e-4  # L2 penalty on the policy's parameters, in its gradient
@@ -317,12 +318,25 @@ def conditioning_value(agent: nn.Module, batch: dict[str, Tensor], args: Args) -
 
 
 def conditioned_states(
-    agent: nn.Module, batch: dict[str, Tensor], args: Args
+    agent: nn.Module, batch: dict[str, Tensor], args: Args, varying_dims: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """States (B, d) and their q (B,), which frozen critics have left with the transitions."""
+    """States (B, d) and their q (B,), which frozen critics have left with the transitions.
+
+    Without the dimensions that never change, of which ant has 84: they are no part of d.
+    """
+    observations = batch["observations"]
     if "bonus_q" in batch:
-        return batch["observations"], batch["bonus_q"]
-    return batch["observations"], conditioning_value(agent, batch, args)
+        q_values = batch["bonus_q"]
+    else:
+        q_values = conditioning_value(agent, batch, args)
+    if len(varying_dims) < observations.shape[1]:
+        observations = observations[:, varying_dims]
+    return observations, q_values
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of values (B,) where weights (B,) of 0 and 1 are 1; 0 where none is."""
+    return (values * weights).sum() / weights.sum().clamp_min(1)
 
 
 @torch.no_grad()
@@ -341,24 +355,28 @@ def intrinsic_reward(
     """
     if args.sera_bonus == "constant":
         return torch.full_like(batch["rewards"], args.sera_coef), {}
-    observations, q_values = conditioned_states(agent, batch, args)
-    pool_states = conditioned_states(agent, pool, args) if pool else None
-    if args.sera_scale == "dim":  # as VCSE's SAC does; ant has 84 dimensions that never change
+    observations, q_values = conditioned_states(agent, batch, args, varying_dims)
+    pool_states = conditioned_states(agent, pool, args, varying_dims) if pool else None
+    if args.sera_scale == "dim":  # as VCSE's SAC does
         mean = q_values.mean()
         std = torch.sqrt(q_values.var(correction=0) + 1e-5)
-        observations = observations[:, varying_dims] / len(varying_dims)
+        observations = observations / len(varying_dims)
         q_values = (q_values - mean) / std
         if pool_states:
-            pool_observations = pool_states[0][:, varying_dims] / len(varying_dims)
-            pool_states = pool_observations, (pool_states[1] - mean) / std
+            pool_observations, pool_q_values = pool_states
+            pool_states = pool_observations / len(varying_dims), (pool_q_values - mean) / std
 
     entropy, radii, counts = q_conditioned_entropy(observations, q_values, args.sera_k, pool_states)
     bonus = torch.tanh(entropy)
     if not log:
         return args.sera_coef * bonus, {}
+    online = batch["online"]
     return args.sera_coef * bonus, {
+        "sera/entropy": entropy.mean(),  # before tanh, which would hide an infinite q
         "sera/bonus_mean": bonus.mean(),
         "sera/bonus_sd": bonus.std(),
+        "sera/bonus_data": weighted_mean(bonus, 1 - online),
+        "sera/bonus_online": weighted_mean(bonus, online),
         "sera/above_0.95": (bonus > 0.95).float().mean(),
         "sera/neighbours": counts.float().mean(),
         "sera/floored": (radii <= 1e-6).float().mean(),
@@ -430,12 +448,19 @@ def update(
 
 
 # ------------------------------ training (shared)
+class BatchRows(NamedTuple):
+    """How many transitions of a batch are drawn from where."""
+
+    dataset: int = 0
+    online: int = 0
+    both: int = 0  # from all of them alike
+
+
 class StepKind(NamedTuple):
     """All that makes one training step differ from another."""
 
     online: bool
-    offline_rows: int  # dataset transitions in the batch
-    online_rows: int
+    rows: BatchRows
     policy_due: bool
     log: bool  # whether numbers to log are wanted
 
@@ -459,8 +484,8 @@ def offline_phase(run: "Run", args: Args) -> None:
         while run.step < args.offline_steps:
             run.step += 1
             policy_due = policy_is_due(run.step, args)
-            kind = StepKind(False, args.batch_size, 0, policy_due, log_is_due(run, args))
-            logs = train_step(run, args, kind)
+            rows = BatchRows(dataset=args.batch_size)
+            logs = train_step(run, args, StepKind(False, rows, policy_due, log_is_due(run, args)))
             end_of_step(run, args, logs, between_episodes=True)
 
 
@@ -474,7 +499,7 @@ def start_online_phase(run: "Run", args: Args) -> None:
 
 
 def online_phase(run: "Run", args: Args) -> None:
-    """Environment steps with updates on a mix of dataset and online transitions."""
+    """Environment steps with updates on dataset and online transitions."""
     episode = []  # transitions that are not in the buffer yet
     done = True
     with progress_bar(run, args.online_steps):
@@ -521,22 +546,23 @@ def online_updates(run: "Run", args: Args) -> dict[str, Tensor]:
     for number in range(args.updates_per_step):
         policy_due = policy_is_due((run.step - 1) * args.updates_per_step + number + 1, args)
         log = log_is_due(run, args) and number == args.updates_per_step - 1
-        logs = train_step(run, args, StepKind(True, *rows, policy_due, log))
+        logs = train_step(run, args, StepKind(True, rows, policy_due, log))
     return logs
 
 
-def online_batch(buffer: "ReplayBuffer", args: Args) -> tuple[int, int] | None:
-    """Numbers of dataset and online transitions in a batch.
+def online_batch(buffer: "ReplayBuffer", args: Args) -> BatchRows | None:
+    """Where the transitions of a batch come from, by --online-sampling; None if it is too early.
 
-    Until there are enough online ones for their share, only the dataset's, or None if those have
-    no share.
+    A mix is of the dataset alone until there are enough online transitions for their share.
     """
-    offline_rows = round(args.batch_size * args.mixing_ratio)
-    online_rows = args.batch_size - offline_rows
+    if args.online_sampling == "append":
+        return BatchRows(both=args.batch_size) if buffer.size >= args.batch_size else None
+    dataset_rows = round(args.batch_size * args.mixing_ratio)
+    online_rows = args.batch_size - dataset_rows
     if buffer.online_size >= online_rows:
-        return offline_rows, online_rows
-    if offline_rows:
-        return args.batch_size, 0
+        return BatchRows(dataset_rows, online_rows)
+    if dataset_rows:
+        return BatchRows(dataset=args.batch_size)
     return None
 
 
@@ -556,12 +582,12 @@ def sample_and_update(run: "Run", args: Args, kind: StepKind) -> dict[str, Tenso
     bonus_function, update_function = intrinsic_reward, update
     if run.compiled and not kind.log:  # numbers to log are wanted too seldom to compile them
         bonus_function, update_function = run.compiled
-    batch = run.buffer.sample(kind.offline_rows, kind.online_rows)
+    batch = run.buffer.sample(kind.rows)
     logs = {}
     if kind.online and args.sera_coef:
         pool = None  # neighbours are sought in the batch itself
         if args.sera_pool and args.sera_bonus != "constant":
-            pool = run.buffer.sample_as(kind, args.sera_pool)
+            pool = run.buffer.sample_as(kind.rows, args.sera_pool)
         bonus, logs = bonus_function(run.bonus_agent, batch, run.varying_dims, args, kind.log, pool)
         batch["rewards"] = batch["rewards"] + bonus  # the buffer keeps its own
     return logs | update_function(run.agent, run.optimizer, batch, args, kind)
@@ -865,7 +891,7 @@ class ReplayBuffer:
                 self.std = data["observations"].std(0, dtype=np.float64) + 1e-3
             if args.normalize_rewards:
                 self.reward_scale *= 1000 / return_range(data)
-            self.append(data)
+            self.append(data, online=False)
         self.offline_size = self.size
         self.online_count.zero_()
 
@@ -876,8 +902,8 @@ class ReplayBuffer:
     def normalize(self, observations: np.ndarray) -> np.ndarray:
         return ((observations - self.mean) / self.std).astype(np.float32)
 
-    def append(self, transitions: dict[str, np.ndarray]) -> None:
-        """Add transitions, named as by load_d4rl; the one way in for dataset and online rows."""
+    def append(self, transitions: dict[str, np.ndarray], online: bool = True) -> None:
+        """Add transitions, named as by load_d4rl; the one way in for dataset and online ones."""
         rewards = self.reward_scale * transitions["rewards"].astype(np.float64)
         rewards += self.args.reward_bias
         columns = {
@@ -886,6 +912,7 @@ class ReplayBuffer:
             "rewards": rewards,
             "next_observations": self.normalize(transitions["next_observations"]),
             "terminals": transitions["terminals"],
+            "online": np.full(len(rewards), online),
         }
         columns |= added_columns(transitions | {"rewards": rewards}, self.args)
         if bonus_q_is_stored(self.args):
@@ -919,25 +946,29 @@ class ReplayBuffer:
         """The quantities in rows (n, width), by name, as views: (n, width of it) or (n,)."""
         return {name: rows[:, position] for name, position in self.columns.items()}
 
-    def sample(self, offline_rows: int, online_rows: int) -> dict[str, Tensor]:
-        """A batch of copies, drawn on the device with replacement, dataset rows first.
+    def sample(self, rows: BatchRows) -> dict[str, Tensor]:
+        """A batch of copies, drawn on the device with replacement, dataset transitions first.
 
         A recorded step has Python's numbers for good: what grows is a number on the device.
         """
-        draws = torch.rand(offline_rows + online_rows, dtype=torch.float64, device=self.device)
-        if offline_rows:
-            draws[:offline_rows].mul_(self.offline_size)
-        if online_rows:
-            draws[offline_rows:].mul_(self.online_count)
-        rows = draws.long()
-        if online_rows:  # only now: a sum of floats could be rounded up to the end of the table
-            rows[offline_rows:].add_(self.offline_size)
-        return self.as_columns(self.table[rows])
+        draws = torch.rand(sum(rows), dtype=torch.float64, device=self.device)
+        if rows.both:
+            draws.mul_(self.online_count + self.offline_size)
+        if rows.dataset:
+            draws[: rows.dataset].mul_(self.offline_size)
+        if rows.online:
+            draws[rows.dataset :].mul_(self.online_count)
+        drawn = draws.long()
+        if rows.online:  # only now: a sum of floats could be rounded up to the end of the table
+            drawn[rows.dataset :].add_(self.offline_size)
+        return self.as_columns(self.table[drawn])
 
-    def sample_as(self, kind: StepKind, count: int) -> dict[str, Tensor]:
-        """A batch of another size, mixed as that of the step is."""
-        offline_rows = round(count * kind.offline_rows / (kind.offline_rows + kind.online_rows))
-        return self.sample(offline_rows, count - offline_rows)
+    def sample_as(self, rows: BatchRows, count: int) -> dict[str, Tensor]:
+        """A batch of another size, from the same places in the same shares."""
+        if rows.both:
+            return self.sample(BatchRows(both=count))
+        dataset_rows = round(count * rows.dataset / sum(rows))
+        return self.sample(BatchRows(dataset_rows, count - dataset_rows))
 
 
 def stack_transitions(transitions: list[tuple]) -> dict[str, np.ndarray]:
@@ -1329,6 +1360,10 @@ RESUME_MAY_CHANGE = {
 }
 OFFLINE_RESUME_MAY_CHANGE = {
     "updates_per_step",
+    "online_sampling",
+    "mixing_ratio",
+    "bc_online",
+    "bc_anneal_steps",
     "sera_coef",
     "sera_k",
     "sera_pool",
@@ -1496,11 +1531,11 @@ def updates_per_second(run: Run, args: Args, threads: int, seconds: float = 0.4)
     all_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     agent, optimizer = copy.deepcopy((run.agent, run.optimizer))
-    kind = StepKind(False, args.batch_size, 0, True, False)
+    kind = StepKind(False, BatchRows(dataset=args.batch_size), policy_due=True, log=False)
     count = -2  # the first two warm up
     start = time.perf_counter()
     while count < 2 or time.perf_counter() - start < seconds:
-        update(agent, optimizer, run.buffer.sample(args.batch_size, 0), args, kind)
+        update(agent, optimizer, run.buffer.sample(kind.rows), args, kind)
         count += 1
         if count == 0:
             start = time.perf_counter()

@@ -85,10 +85,11 @@ def make_run(script: ModuleType, script_args: Any, folder: Path, rows: int) -> A
 
 
 def seconds_per_update(script: ModuleType, run: Any, script_args: Any, updates: int) -> float:
+    rows = script.BatchRows(online=script_args.batch_size)
     start = time.perf_counter()
     for number in range(1, updates + 1):
         policy_due = script.policy_is_due(number, script_args)
-        kind = script.StepKind(True, 0, script_args.batch_size, policy_due, False)
+        kind = script.StepKind(True, rows, policy_due, False)
         script.train_step(run, script_args, kind)
     return (time.perf_counter() - start) / updates
 

@@ -65,19 +65,20 @@ def parts(script: ModuleType) -> dict[str, Callable[[], object]]:
     buffer = script.ReplayBuffer(made_up_data(), args, device)
     buffer.append(made_up_data())
     half = args.batch_size // 2
+    rows = script.BatchRows(half, half)
     varying_dims = torch.arange(OBSERVATION_DIM)
-    stored = buffer.sample(half, half)
+    stored = buffer.sample(rows)
     asked = {name: column for name, column in stored.items() if name != "bonus_q"}
 
     def update(policy_due: bool, log: bool) -> None:
-        kind = script.StepKind(True, half, half, policy_due, log)
+        kind = script.StepKind(True, rows, policy_due, log)
         script.update(agent, optimizer, stored, args, kind)
 
     def bonus(batch: dict, bonus_args, log: bool) -> None:
         script.intrinsic_reward(agent, batch, varying_dims, bonus_args, log)
 
     found = {
-        "sampling": lambda: buffer.sample(half, half),
+        "sampling": lambda: buffer.sample(rows),
         "update": lambda: update(True, False),
         "update, numbers to log": lambda: update(True, True),
         "bonus": lambda: bonus(stored, args, False),

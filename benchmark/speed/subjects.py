@@ -187,7 +187,8 @@ class Today:
         def call():
             run.step += 1
             policy_due = self.script.policy_is_due(run.step, args)
-            kind = self.script.StepKind(False, args.batch_size, 0, policy_due, False)
+            rows = self.script.BatchRows(dataset=args.batch_size)
+            kind = self.script.StepKind(False, rows, policy_due, False)
             return self.script.train_step(run, args, kind)
 
         return call
@@ -199,7 +200,7 @@ class Today:
             run.step += 1
             rows = self.script.online_batch(run.buffer, args)
             policy_due = self.script.policy_is_due(run.step, args)
-            kind = self.script.StepKind(True, *rows, policy_due, False)
+            kind = self.script.StepKind(True, rows, policy_due, False)
             return self.script.train_step(run, args, kind)
 
         return call

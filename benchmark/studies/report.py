@@ -8,6 +8,7 @@ A study is a folder with
     grid.toml       title, scripts, envs, seeds, [variants] name = "options", and perhaps baseline
     runs/           <script>__<env>__<variant>__<seed>.csv, the evals.csv of each run
     coverage.csv    if any: script,env,variant,seed,step,entropy,kl_to_uniform
+    watched.csv     if any: run,metric,value, what run.py read off the logs
     bias.csv        if any: script,env,variant,seed,q,discounted_return,bias
 
 and gets table.md and curves.png, with a coverage.csv also coverage.md and coverage.png. The same
@@ -40,7 +41,8 @@ COVERAGE_VALUES = ["entropy", "kl_to_uniform"]
 COVERAGE = [*KEYS, "step", *COVERAGE_VALUES]
 BIAS_VALUES = ["q", "discounted_return", "bias"]
 BIAS = [*KEYS, *BIAS_VALUES]
-NUMBERS = ["final", "offline", "dip", "area"]
+WATCHED = ["run", "metric", "value"]
+NUMBERS = ["final", "last five", "offline", "dip", "area"]
 
 # Of the variants: Okabe and Ito's colours, which the colour-blind tell apart too. With more
 # variants than colours another line style begins.
@@ -49,8 +51,9 @@ LINE_STYLES = ("-", "--", "-.")
 
 SCORES_NOTE = """
 Normalized scores, mean ± standard deviation over n seeds; the score of a seed is its mean over the
-episodes of an evaluation. **final**: the last online evaluation, never the best. **offline**: the
-last offline one. **dip**: offline minus the lowest online evaluation (the more and the noisier
+episodes of an evaluation. **final**: the last online evaluation, never the best. **last five**: the
+mean of the last five online ones, of a noisy policy the better number. **offline**: the last
+offline one. **dip**: offline minus the lowest online evaluation (the more and the noisier
 evaluations, the larger). **area**: mean height of the online curve, by trapezoids.
 """
 COMPARISON_NOTE = """
@@ -69,6 +72,12 @@ BIAS_NOTE = """## Value bias
 At the end of the runs, over the states of evaluation episodes, in rewards of the environment: mean
 min(Q1, Q2), mean discounted return, and their difference. Q of a run with a bonus contains the
 bonus.
+"""
+WATCHED_NOTE = """## Numbers to watch
+
+Read off the logs: means over the last fifth of the online steps, of every seed. **bonus_data** and
+**bonus_online** are tanh(H) of the dataset's and of online transitions; **q_weight** is TD3+BC's
+weight of Q against cloning, 2.5 / mean |Q|.
 """
 FIGURE_NOTE = """
 Mean over seeds (thick), its 95 % bootstrap interval (band) and every seed (thin; dotted if
@@ -139,6 +148,7 @@ def measures(run: pd.DataFrame) -> pd.Series:
         numbers["offline"] = offline[-1]
     if len(online):
         numbers["final"] = online[-1]
+        numbers["last five"] = online[-5:].mean()
         numbers["dip"] = numbers["offline"] - online.min()
         numbers["last"] = steps[-1]
     if len(online) > 1:
@@ -469,6 +479,24 @@ def value_bias(path: Path, keys: list[tuple]) -> str:
     return f"{BIAS_NOTE}{score_table(runs, BIAS_VALUES, ['bias'])}\n"
 
 
+def watched(path: Path, keys: list[tuple]) -> str:
+    """The section on what the runs logged: a row for each cell, a column for each metric."""
+    frame = read_csv(path, WATCHED, WATCHED[:2]).set_index(WATCHED[:2])["value"]
+    metrics = frame.index.unique("metric")
+    runs_of = {}
+    for key in keys:
+        runs_of.setdefault(key[:3], []).append("__".join(map(str, key)))
+    rows = []
+    for cell, names in runs_of.items():
+        row = list(cell)
+        for metric in metrics:
+            values = [frame.get((name, metric), math.nan) for name in names]
+            logged = not all(map(math.isnan, values))
+            row.append(" / ".join(number(value, 3) for value in values) if logged else "-")
+        rows.append(row)
+    return f"{WATCHED_NOTE}{markdown([*CELL, *metrics], rows)}"
+
+
 def comparison(finals: pd.Series, grid: dict) -> str:
     """The section that compares the variants."""
     text = f"## Comparison\n{COMPARISON_NOTE}"
@@ -490,8 +518,10 @@ def report(study: Path, grid: dict, paths: list[Path]) -> None:
     text = f"# {grid['title']}\n\n"
     text += "Written by `python benchmark/studies/report.py` from the files in `runs/`.\n"
     text += markdown(["variant", "options"], variants)
-    text += f"## Scores\n{SCORES_NOTE}{score_table(runs, NUMBERS, ['final'])}\n"
+    text += f"## Scores\n{SCORES_NOTE}{score_table(runs, NUMBERS, ['final', 'last five'])}\n"
     text += comparison(runs["final"], grid)
+    if (study / "watched.csv").exists():
+        text += watched(study / "watched.csv", keys)
     if (study / "bias.csv").exists():
         text += value_bias(study / "bias.csv", keys)
     text += f"## Learning curves\n\n![Learning curves](curves.png)\n{FIGURE_NOTE}\n"

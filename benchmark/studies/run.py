@@ -4,13 +4,15 @@
 
 A grid is a TOML file: scripts, envs, seeds, options for all of them, [variants] with the options
 of each, and if need be [script_options], [env_options] and [critics] (below). Each run is the
-script itself as a process. Where variants differ in --sera-* alone they share one offline phase
-per script, environment and seed: its checkpoint is copied and resumed, which gives the very run
-that one process would give. A folder of --out is named by the options of its run, so that grids
-share what they have in common. Finished runs are skipped, also if only their CSV is left; killed
-ones are resumed from their checkpoint, failed ones tried again and reported at the end. evals.csv
-of each finished run is gathered in runs/ beside the grid file, with the options that made it in
-commands.json. --dry-run prints all commands, in an order in which they can be run.
+script itself as a process. Where variants differ only in what the online phase alone asks for
+(OFFLINE_RESUME_MAY_CHANGE in the scripts) they share one offline phase per script, environment and
+seed: its checkpoint is copied and resumed, which gives the very run that one process would give. A
+folder of --out is named by the options of its run, so that grids share what they have in common.
+Finished runs are skipped, also if only their CSV is left; killed ones are resumed from their
+checkpoint, failed ones tried again and reported at the end. evals.csv of each finished run is
+gathered in runs/ beside the grid file, with the options that made it in commands.json and what it
+logged at the end in watched.csv. --dry-run prints all commands, in an order in which they can be
+run.
 
 Each run gets --threads CPU threads, one by default. On a cluster, --address names it (`ray start`
 on every machine) and --out is a folder that all machines share.
@@ -35,6 +37,7 @@ and then `quit` ends it.
 leaves them as they come. --dry-run only names such a run: a plain command does not put them there.
 """
 
+import csv
 import ctypes
 import hashlib
 import importlib
@@ -58,6 +61,7 @@ from types import ModuleType
 import ray
 import torch
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,10 +158,24 @@ def check_critics(path: Path, grid: dict, name: str) -> None:
         raise ValueError(f"{path}: {name} needs --sera-critic random, and only --sera-*")
 
 
-def only_the_bonus(options: str) -> bool:
-    """Whether options leave the offline phase alone."""
+# An offline phase of its own is no offline-only run: what a script would do otherwise in that case.
+WITH_ONLINE_PHASE = {"iql_sera": "--actor-lr-schedule constant"}
+
+
+def names_of(options: str) -> set[str]:
+    """The arguments that options set."""
     flags = [word for word in shlex.split(options) if word.startswith("--")]
-    return all(flag.startswith("--sera-") for flag in flags)
+    return {flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in flags}
+
+
+def only_online(script: str, options: str) -> bool:
+    """Whether options leave a script's offline phase alone."""
+    return names_of(options) <= load_script(script).OFFLINE_RESUME_MAY_CHANGE
+
+
+def only_the_bonus(options: str) -> bool:
+    """Whether options change nothing but the bonus."""
+    return all(name.startswith("sera_") for name in names_of(options))
 
 
 def common_options(grid: dict, script: str, env: str, seed: int) -> str:
@@ -177,6 +195,9 @@ def offline_run(script: str, options: str, out: Path) -> Run:
     words = shlex.split(options)
     place = words.index("--online-steps")
     words = [*words[:place], *words[place + 2 :], "--online-steps", "0"]
+    more = shlex.split(WITH_ONLINE_PHASE.get(script, ""))
+    if more and more[0] not in words:
+        words = [*more, *words]
     run = Run("", script, shlex.join(words), out)
     return replace(run, name=origin(run), folder=out / f"{script}__offline__{digest(run)}")
 
@@ -190,7 +211,7 @@ def variant_run(grid_file: Path, grid: dict, key: tuple[str, str, str, int], out
     common = common_options(grid, script, env, seed)
     own = given["options"]
     run = Run(name, script, f"{common} {own}", out, csv=csv)
-    if only_the_bonus(own):
+    if only_online(script, own):
         words = shlex.split(common)
         steps = words[words.index("--online-steps") + 1]
         start = offline_run(script, common, out)
@@ -299,10 +320,50 @@ def read_commands(grid_file: Path) -> dict[str, str]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+# Of what TensorBoard has, where a script logs it.
+WATCHED = (
+    "sera/bonus_mean",
+    "sera/bonus_data",
+    "sera/bonus_online",
+    "losses/q_data",
+    "losses/q_weight",
+    "losses/calibrated_share",
+)
+WATCHED_COLUMNS = ["run", "metric", "value"]
+
+
+def watched(run: Run) -> dict[str, float]:
+    """Means of numbers that a run logged in the last fifth of its online steps."""
+    events = EventAccumulator(str(run.folder), {"scalars": 0})  # 0: all of them
+    events.Reload()
+    words = shlex.split(run.options)
+    online_steps = int(words[words.index("--online-steps") + 1])
+    means = {}
+    for metric in sorted({*WATCHED} & {*events.Tags()["scalars"]}):
+        logged = events.Scalars(metric)
+        first = logged[-1].step - online_steps / 5
+        values = [point.value for point in logged if point.step > first]
+        means[metric] = sum(values) / len(values)
+    return means
+
+
+def note_watched(run: Run, grid_file: Path) -> None:
+    """Put what was logged at the end of a run into watched.csv, in place of what stood there."""
+    path = grid_file.parent / "watched.csv"
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [row for row in csv.reader(file) if row[0] != run.name][1:]
+    rows += [[run.name, metric, f"{value:.6g}"] for metric, value in watched(run).items()]
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([WATCHED_COLUMNS, *sorted(rows)])
+
+
 def gather(run: Run, grid_file: Path) -> None:
     """Copy the evaluations of a finished run beside the grid, and note what made them."""
     run.csv.parent.mkdir(exist_ok=True)
     shutil.copy(run.folder / "evals.csv", run.csv)
+    note_watched(run, grid_file)
     commands = read_commands(grid_file)
     commands[run.name] = origin(run)
     text = json.dumps(dict(sorted(commands.items())), indent=1)

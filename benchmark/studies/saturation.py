@@ -66,7 +66,7 @@ class Sampler:
         bonuses = []
         all_logs = []
         for _ in range(batches):
-            batch = self.buffer.sample(self.args.batch_size, 0)
+            batch = self.buffer.sample(self.script.BatchRows(self.args.batch_size))
             batch.pop("bonus_q", None)  # nothing is stored here: ask the critics
             bonus, logs = self.script.intrinsic_reward(
                 self.agent, batch, self.varying_dims, self.args, log=True

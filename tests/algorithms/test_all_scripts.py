@@ -159,7 +159,7 @@ def test_actions_at_the_border(script, mean):
     if mean:
         assert agent.act(stored["observations"], deterministic=True).abs().min() == 1
     for policy_due in (False, True, False, True):
-        batch = buffer.sample(6, 6)
+        batch = buffer.sample(script.BatchRows(6, 6))
         logs, gradients = updated(script, agent, optimizer, batch, args, policy_due)
         assert np.isfinite(list(logs.values())).all(), logs
         assert gradients

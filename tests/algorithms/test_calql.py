@@ -665,7 +665,7 @@ def test_unfinished_episodes_are_never_sampled(scripted):
 def test_batches_wait_for_finished_episodes(mixing_ratio, expected, train):
     """Online rows enter a batch once those of finished episodes fill their share of it."""
     run = train(*STEPS, "--mixing-ratio", mixing_ratio)
-    numbers = [(sample.offline_rows, sample.online_rows) for sample in run.samples]
+    numbers = [(sample.rows.dataset, sample.rows.online) for sample in run.samples]
     assert numbers == [(32, 0)] * 12 + expected
 
 
@@ -673,7 +673,7 @@ def test_from_scratch(train):
     """Without data the first update waits for a batch of finished episodes."""
     options = ["--offline-steps", "0", "--mixing-ratio", "0", "--learning-starts", "0"]
     run = train(*STEPS, *options)
-    assert [(sample.offline_rows, sample.online_rows) for sample in run.samples] == [(0, 32)] * 12
+    assert [(sample.rows.dataset, sample.rows.online) for sample in run.samples] == [(0, 32)] * 12
     assert run.samples[0].online_size == 32
     assert len(run.rows["mc_returns"]) == 44
     for name in ("actor", "critics", "target_critics"):

@@ -273,16 +273,33 @@ def test_schedule_by_hand():
 
     The rate of critics and value network stays at --critic-lr.
     """
-    agent, _, args = make_agent(offline_steps=4, actor_lr=0.1, critic_lr=0.02)
+    rates = nine_rates(actor_lr_schedule="cosine")
+    falling = [0.1, 0.0853553391, 0.05, 0.0146446609]  # 0.1 (1 + cos(n pi / 4)) / 2, n = 0 ... 3
+    expected = [[rate, 0.02] for rate in falling + [0.1] * 5]
+    np.testing.assert_allclose(rates, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "online_steps", "falls"),
+    [("auto", 0, True), ("auto", 5, False), ("cosine", 5, True), ("constant", 0, False)],
+)
+def test_when_the_rate_falls(schedule, online_steps, falls):
+    """By default in runs that are offline only, as the authors have it."""
+    rates = nine_rates(actor_lr_schedule=schedule, online_steps=online_steps)
+    assert (rates[3][0] < 0.02) == falls
+    assert rates[0] == rates[4] == rates[8] == [0.1, 0.02]
+
+
+def nine_rates(**changes):
+    """Of policy and critics before each of nine updates, four of which are offline."""
+    agent, _, args = make_agent(offline_steps=4, actor_lr=0.1, critic_lr=0.02, **changes)
     optimizer, scheduler = iql_sera.make_optimizer(agent, args)
     rates = []
     for _ in range(9):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()  # without gradients: the scheduler wants to come second
         scheduler.step()
-    falling = [0.1, 0.0853553391, 0.05, 0.0146446609]  # 0.1 (1 + cos(n pi / 4)) / 2, n = 0 ... 3
-    expected = [[rate, 0.02] for rate in falling + [0.1] * 5]
-    np.testing.assert_allclose(rates, expected, rtol=1e-8)
+    return rates
 
 
 @pytest.mark.parametrize(
@@ -291,7 +308,9 @@ def test_schedule_by_hand():
 )
 def test_learning_rates(updates_before, share):
     """The rates reach the parameters: Adam's first step moves each by its own. Offline: 100."""
-    agent, _, args = make_agent(offline_steps=100, actor_lr=0.1, critic_lr=0.03)
+    agent, _, args = make_agent(
+        offline_steps=100, actor_lr=0.1, critic_lr=0.03, actor_lr_schedule="cosine"
+    )
     agent = agent.double()
     batch = {name: column.double() for name, column in make_batch().items()}
     optimizer, scheduler = iql_sera.make_optimizer(agent, args)
@@ -426,7 +445,7 @@ def train(dataset, tmp_path, monkeypatch):
 
 
 def rates_of_a_run(offline_steps, online_steps):
-    """The policy's rate starts whole, falls offline, and is whole again at every online update."""
+    """With --actor-lr-schedule cosine: the policy's falls offline, and online it is whole again."""
     cosine = [(1 + math.cos(math.pi * n / offline_steps)) / 2 for n in range(offline_steps)]
     return [[1e-2 * share, 1e-3] for share in cosine + [1] * online_steps]
 
@@ -435,6 +454,7 @@ def rates_of_a_run(offline_steps, online_steps):
 def test_learning_rates_of_a_run(offline_steps, train):
     """The schedule counts updates from the first offline one on, if there is any."""
     options = ["--offline-steps", str(offline_steps), "--online-steps", "12"]
+    options += ["--actor-lr-schedule", "cosine"]
     rates = train(*options, "--actor-lr", "1e-2", "--critic-lr", "1e-3").rates
     np.testing.assert_allclose(rates, rates_of_a_run(offline_steps, 12), rtol=1e-9)
 
@@ -443,7 +463,7 @@ def test_learning_rates_of_a_run(offline_steps, train):
 def test_learning_rates_survive_a_checkpoint(stop_at, stopped_after, train):
     """A run stopped offline, or online at the end of an episode, goes on at the rates due."""
     options = ["--offline-steps", "4", "--online-steps", "12"]
-    options += ["--actor-lr", "1e-2", "--critic-lr", "1e-3"]
+    options += ["--actor-lr", "1e-2", "--critic-lr", "1e-3", "--actor-lr-schedule", "cosine"]
     before = train(*options, stop_at=stop_at).rates
     assert len(before) == stopped_after
     after = train(*options, "--resume").rates

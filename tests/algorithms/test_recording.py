@@ -94,19 +94,25 @@ def go_online(script, run, args):
 
 
 def offline_kind(script, policy_due=True, log=False):
-    return script.StepKind(False, 16, 0, policy_due, log)
+    return script.StepKind(False, script.BatchRows(16, 0), policy_due, log)
 
 
 def online_kind(script, policy_due=True, log=False):
-    return script.StepKind(True, 8, 8, policy_due, log)
+    return script.StepKind(True, script.BatchRows(8, 8), policy_due, log)
+
+
+def append_kind(script, policy_due=True, log=False):
+    return script.StepKind(True, script.BatchRows(both=16), policy_due, log)
 
 
 def all_kinds(script, args):
     """All kinds of steps that a run makes, offline ones first."""
     policy_due = sorted({script.policy_is_due(number, args) for number in range(1, 5)})
     choices = list(itertools.product(policy_due, (False, True)))
-    offline = [offline_kind(script, *choice) for choice in choices]
-    return offline + [online_kind(script, *choice) for choice in choices]
+    kinds = []
+    for kind in (offline_kind, online_kind, append_kind):
+        kinds += [kind(script, *choice) for choice in choices]
+    return kinds
 
 
 # ------------------------------ the number of operations
@@ -137,11 +143,11 @@ def hopper_run(script):
 def test_operations_of_an_update(script, hopper_run):
     """An update dispatches no more operations than it did, the policy's part included or not."""
     run, args = hopper_run
-    batch = run.buffer.sample(128, 128)
+    batch = run.buffer.sample(script.BatchRows(128, 128))
     budgets = UPDATE_BUDGETS[script.__name__]
     assert budgets.keys() == {script.policy_is_due(number, args) for number in range(1, 5)}
     for policy_due, budget in budgets.items():
-        kind = script.StepKind(True, 128, 128, policy_due, False)
+        kind = script.StepKind(True, script.BatchRows(128, 128), policy_due, False)
         update = functools.partial(script.update, run.agent, run.optimizer, batch, args, kind)
         update()  # the first makes Adam's state
         counted = count_operations(update)
@@ -152,8 +158,8 @@ def test_operations_of_an_update(script, hopper_run):
 def test_operations_of_a_batch(script, hopper_run):
     """A batch is one gather after a few operations on its row numbers."""
     run, _ = hopper_run
-    offline = count_operations(lambda: run.buffer.sample(256, 0))
-    mixed = count_operations(lambda: run.buffer.sample(128, 128))
+    offline = count_operations(lambda: run.buffer.sample(script.BatchRows(256, 0)))
+    mixed = count_operations(lambda: run.buffer.sample(script.BatchRows(128, 128)))
     assert offline["index"] == mixed["index"] == 1
     assert offline.total() <= OFFLINE_BATCH_BUDGET
     assert mixed.total() <= MIXED_BATCH_BUDGET
@@ -162,7 +168,7 @@ def test_operations_of_a_batch(script, hopper_run):
 def test_operations_of_the_bonus(script, hopper_run):
     """With stored q, and psi and the coefficient's numbers made before, the estimate is all."""
     run, args = hopper_run
-    batch = run.buffer.sample(128, 128)
+    batch = run.buffer.sample(script.BatchRows(128, 128))
     assert "bonus_q" in batch
 
     def bonus():
@@ -382,11 +388,11 @@ def test_nothing_is_frozen(script):
 def plant_a_count(patch):
     """The number of online rows is read in Python."""
 
-    def sample(buffer, offline_rows, online_rows):
-        offline = torch.rand(offline_rows, dtype=torch.float64) * buffer.offline_size
-        online = torch.rand(online_rows, dtype=torch.float64) * buffer.online_size
-        rows = torch.cat([offline.long(), online.long() + buffer.offline_size])
-        return buffer.as_columns(buffer.table[rows])
+    def sample(buffer, rows):
+        offline = torch.rand(rows.dataset, dtype=torch.float64) * buffer.offline_size
+        online = torch.rand(rows.online, dtype=torch.float64) * buffer.online_size
+        drawn = torch.cat([offline.long(), online.long() + buffer.offline_size])
+        return buffer.as_columns(buffer.table[drawn])
 
     patch.setattr(sac_sera.ReplayBuffer, "sample", sample)
     return sac_sera, {}

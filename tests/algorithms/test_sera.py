@@ -457,11 +457,15 @@ def test_close_values_far_from_zero():
 
 # ------------------------------ the bonus
 def make_batch(states, values, dtype=torch.float64):
-    """A batch of these states whose actions carry the values, for the critics below."""
+    """A batch of these states whose actions carry the values, for the critics below.
+
+    Every third transition is an online one.
+    """
     return {
         "observations": torch.as_tensor(np.asarray(states), dtype=dtype),
         "actions": torch.as_tensor(np.asarray(values), dtype=dtype)[:, None],
         "rewards": torch.linspace(-1, 2, len(values), dtype=dtype),
+        "online": (torch.arange(len(values)) % 3 == 2).to(dtype),
     }
 
 
@@ -526,10 +530,10 @@ def test_critics_see_the_whole_unscaled_batch():
     assert torch.equal(actions, batch["actions"])
 
 
-def test_scale_none_uses_every_dimension():
-    """The paper's formula leaves states and q as they are: varying_dims plays no part."""
+def test_scale_none():
+    """The paper's formula leaves states and q as they are."""
     states, values = random_batch(16, 32, 3)
-    bonus, _ = bonus_of(make_batch(states, values), varying_dims=[0])
+    bonus, _ = bonus_of(make_batch(states, values))
     assert_close(bonus, np.tanh(brute_force(states, values, 2)[2]), 1e-9)
 
 
@@ -549,15 +553,16 @@ def test_scale_dim_does_not_blow_up_noise():
     assert_close(bonus, np.tanh(expected), 1e-9)
 
 
-def test_scale_dim_leaves_constant_dimensions_out():
+@pytest.mark.parametrize("scale", ["none", "dim"])
+def test_constant_dimensions_are_left_out(scale):
     """A dimension that never varies changes nothing, wherever it stands; taken along it would."""
     wider = make_batch(np.c_[STATES[:, 0], np.full(5, 7.0), STATES[:, 1]], VALUES)
-    bonus, logs = bonus_of(make_batch(STATES, VALUES), sera_scale="dim")
-    wider_bonus, wider_logs = bonus_of(wider, varying_dims=[0, 2], sera_scale="dim")
+    bonus, logs = bonus_of(make_batch(STATES, VALUES), sera_scale=scale)
+    wider_bonus, wider_logs = bonus_of(wider, varying_dims=[0, 2], sera_scale=scale)
     np.testing.assert_array_equal(wider_bonus, bonus)
     assert wider_logs == logs
-    taken_along, _ = bonus_of(wider, sera_scale="dim")
-    assert np.abs(taken_along - bonus).max() > 0.01
+    taken_along, _ = bonus_of(wider, sera_scale=scale)
+    assert np.abs(taken_along - bonus).max() > 0.001
 
 
 @pytest.mark.parametrize("scale", ["none", "dim"])
@@ -705,14 +710,38 @@ def test_logs():
     assert (radii <= 1e-6).sum() == 20
     assert logs == pytest.approx(
         {
+            "sera/entropy": entropies.mean(),
             "sera/bonus_mean": expected.mean(),
             "sera/bonus_sd": expected.std(ddof=1),
+            "sera/bonus_data": expected[np.arange(256) % 3 != 2].mean(),
+            "sera/bonus_online": expected[2::3].mean(),
             "sera/above_0.95": share,
             "sera/neighbours": counts.mean(),
             "sera/floored": 20 / 256,
         },
         rel=1e-6,
     )
+
+
+def test_bonus_of_data_and_online():
+    """Means apart; 0 where the batch has none of a kind, which would be NaN and stop the run."""
+    batch = make_batch(STATES, VALUES)
+    for online in (0.0, 1.0):
+        batch["online"].fill_(online)
+        bonus, logs = bonus_of(batch)
+        means = (logs["sera/bonus_data"], logs["sera/bonus_online"])
+        expected = (0, bonus.mean()) if online else (bonus.mean(), 0)
+        assert means == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_infinite_q():
+    """tanh makes an ordinary bonus of it, so that what is logged has to show it."""
+    values = VALUES.copy()
+    values[3] = np.inf
+    batch = make_batch(STATES, np.zeros(5)) | {"bonus_q": torch.as_tensor(values)}
+    bonus, logs = bonus_of(batch, agent=NO_CRITICS)
+    assert np.isfinite(bonus).all()
+    assert logs["sera/entropy"] == np.inf
 
 
 @pytest.mark.parametrize("kind", ["q", "v", "state", "constant"])

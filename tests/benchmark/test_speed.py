@@ -80,7 +80,7 @@ def test_case(subject, kind, monkeypatch):
     kinds = [inputs[-1] for inputs in updates]
     for step in kinds:
         assert step.online == online
-        assert (step.offline_rows, step.online_rows) == ((16, 16) if online else (32, 0))
+        assert step.rows == ((16, 16, 0) if online else (32, 0, 0))
         assert not step.log
     assert len(updates) >= 2
     assert len(bonuses) == (len(updates) if kind.endswith("1") else 0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recompute import make_args, make_kind, make_rows
+from recompute import make_args, make_rows
 
 CPU = torch.device("cpu")
 
@@ -144,7 +144,7 @@ def test_samples(script):
     before = buffer.table.clone()
     columns = buffer.as_columns(before)
     torch.manual_seed(0)
-    batch = buffer.sample(200, 100)
+    batch = buffer.sample(script.BatchRows(200, 100))
     rewards = batch["rewards"].clone()
     assert sorted(set(rewards[:200].tolist())) == list(range(20))
     assert sorted(set(rewards[200:].tolist())) == list(range(100, 105))
@@ -155,8 +155,29 @@ def test_samples(script):
         torch.testing.assert_close(column, columns[name][rows], rtol=0, atol=0, equal_nan=True)
         column.fill_(-7.0)
     torch.testing.assert_close(buffer.table, before, rtol=0, atol=0, equal_nan=True)
-    assert buffer.sample(8, 0)["rewards"].max() < 20
-    assert buffer.sample(0, 8)["rewards"].min() >= 100
+    assert buffer.sample(script.BatchRows(8, 0))["rewards"].max() < 20
+    assert buffer.sample(script.BatchRows(0, 8))["rewards"].min() >= 100
+
+
+def test_append_draws(script):
+    """Of 60,000 draws from all transitions alike, in a batch and in a pool, each has its share."""
+    buffer = make_buffer(script, make_rows(20))
+    buffer.append(make_rows(5, first=100))
+    torch.manual_seed(0)
+    rows = script.BatchRows(both=60_000)
+    for batch in (buffer.sample(rows), buffer.sample_as(rows._replace(both=7), 60_000)):
+        rewards = batch["rewards"].long()
+        counts = torch.bincount(torch.where(rewards < 100, rewards, rewards - 80)).double()
+        mean = 60_000 / 25
+        assert len(counts) == 25
+        assert (counts - mean).abs().max() < 5 * mean**0.5
+
+
+def test_online_column(script):
+    """It is 1 for online transitions and 0 for the dataset's."""
+    buffer = make_buffer(script, make_rows(20))
+    buffer.append(make_rows(5, first=100))
+    assert stored(buffer)["online"].tolist() == [0] * 20 + [1] * 5
 
 
 def test_every_row_is_as_likely(script):
@@ -167,7 +188,7 @@ def test_every_row_is_as_likely(script):
     buffer = make_buffer(script, make_rows(20))
     buffer.append(make_rows(5, first=100))
     torch.manual_seed(0)
-    rewards = buffer.sample(50_000, 40_000)["rewards"].long()
+    rewards = buffer.sample(script.BatchRows(50_000, 40_000))["rewards"].long()
     for drawn, rows in ((rewards[:50_000], 20), (rewards[50_000:] - 100, 5)):
         counts = torch.bincount(drawn, minlength=rows).double()
         mean = len(drawn) / rows
@@ -180,7 +201,7 @@ def test_rows_of_a_batch_are_independent(script):
     """Neighbours in a batch, and the same place in the next batch, have nothing in common."""
     buffer = make_buffer(script, make_rows(20))
     torch.manual_seed(0)
-    first, second = (buffer.sample(20_000, 0)["rewards"] for _ in range(2))
+    first, second = (buffer.sample(script.BatchRows(20_000, 0))["rewards"] for _ in range(2))
     pairs = (first, second), (first[1:], first[:-1])
     for pair in pairs:
         correlation = torch.corrcoef(torch.stack(pair))[0, 1]
@@ -194,11 +215,9 @@ def test_sample_as(script, count, expected):
     """A batch of another size is mixed as that of the step is, 24 to 8 here."""
     buffer = make_buffer(script, make_rows(20))
     buffer.append(make_rows(5, first=100))
-    kind = make_kind(script, online=True, offline_rows=24, online_rows=8)
-    rewards = buffer.sample_as(kind, count)["rewards"]
+    rewards = buffer.sample_as(script.BatchRows(24, 8), count)["rewards"]
     assert ((rewards < 100).sum(), (rewards >= 100).sum()) == expected
-    only_dataset = make_kind(script, online=True, offline_rows=32, online_rows=0)
-    rewards = buffer.sample_as(only_dataset, count)["rewards"]
+    rewards = buffer.sample_as(script.BatchRows(dataset=32), count)["rewards"]
     assert len(rewards) == count
     assert rewards.max() < 100
 
@@ -214,8 +233,10 @@ def test_extreme_random_numbers(script, uniform, monkeypatch):
         return torch.full_like(rand(*shape, **options), uniform)
 
     monkeypatch.setattr(torch, "rand", extreme)
-    rewards = buffer.sample(2, 2)["rewards"].tolist()
+    rewards = buffer.sample(script.BatchRows(2, 2))["rewards"].tolist()
     assert rewards == ([0, 0, 100, 100] if uniform == 0 else [19, 19, 104, 104])
+    rewards = buffer.sample(script.BatchRows(both=2))["rewards"].tolist()
+    assert rewards == ([0, 0] if uniform == 0 else [104, 104])
 
 
 def test_same_seed_same_batch(script):
@@ -224,6 +245,6 @@ def test_same_seed_same_batch(script):
     batches = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        batches.append(buffer.sample(30, 0)["rewards"])
+        batches.append(buffer.sample(script.BatchRows(30, 0))["rewards"])
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])

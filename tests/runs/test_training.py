@@ -86,7 +86,7 @@ def assert_same_run(left, right):
 
 def numbers(run):
     """How many dataset and online rows each batch of a run had."""
-    return [(sample.offline_rows, sample.online_rows) for sample in run.samples]
+    return [(sample.rows.dataset, sample.rows.online) for sample in run.samples]
 
 
 # ------------------------------ rows and batches
@@ -119,7 +119,7 @@ def test_batches(scripted):
         online_rows = 16 if steps >= 16 else 0
         offline_rows = 32 - online_rows
         assert sample.steps == sample.online_size == steps
-        assert (sample.offline_rows, sample.online_rows) == (offline_rows, online_rows)
+        assert (sample.rows.dataset, sample.rows.online) == (offline_rows, online_rows)
         online = sample.batch["rewards"] >= 10  # the dataset's are below 5
         assert online.tolist() == [False] * offline_rows + [True] * online_rows
 
@@ -139,6 +139,24 @@ def test_mixing_ratio(mixing_ratio, expected, train):
     assert numbers(run) == [(32, 0)] * 12 + expected
 
 
+def test_append(script, run_script):
+    """Every online batch is drawn from all transitions alike, and the first one too."""
+    options = ["--online-steps", "20", "--online-sampling", "append"]
+    run = run_script(script, *options, make_env=scripted_env)
+    assert numbers(run)[:12] == [(32, 0)] * 12
+    assert [tuple(sample.rows) for sample in run.samples[12:]] == [(0, 0, 32)] * 20
+    online = [sample.batch["rewards"] >= 10 for sample in run.samples[12:]]
+    assert not online[0].any()
+    assert any(rows.any() for rows in online)
+
+
+def test_append_from_scratch(run_script):
+    """Without a dataset the first update waits for a batch, as mix does."""
+    options = ["--online-steps", "44", "--learning-starts", "0", "--online-sampling", "append"]
+    run = run_script(sac_sera, *FROM_SCRATCH, *options, make_env=scripted_env)
+    assert [sample.online_size for sample in run.samples] == list(range(32, 44))
+
+
 def test_when_online_rows_count(script, run_script):
     """Each transition may be sampled at the next step; Cal-QL waits for the end of an episode.
 
@@ -151,7 +169,7 @@ def test_when_online_rows_count(script, run_script):
     expected = [7] * 9 + [16] * 4 if waits else list(range(4, 20))
     assert [sample.online_size for sample in run.samples] == expected
     for sample in run.samples:
-        assert (sample.offline_rows, sample.online_rows) == (0, 4)
+        assert (sample.rows.dataset, sample.rows.online) == (0, 4)
         assert ("mc_returns" in sample.batch) == waits
 
 
@@ -480,7 +498,7 @@ def test_offline_critics(kind, train, sera):
         assert_same(checkpoint["bonus_agent"], start["agent"])
     assert len(run.bonuses) == 60
     assert_stored_q(run, start["agent"], run.samples[12:])
-    assert {sample.online_rows for sample in run.samples[12:]} == {0, 16}
+    assert {sample.rows.online for sample in run.samples[12:]} == {0, 16}
     last = run.samples[-1].batch
     learned_q = q_of(run, run.last["agent"], last)
     assert not torch.isclose(learned_q, last["bonus_q"], rtol=1e-3).any()

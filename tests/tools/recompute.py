@@ -68,12 +68,11 @@ def make_agent(script, seed=0, **changes):
     return agent, optimizer, args
 
 
-def make_kind(script, online=False, policy_due=True, log=True, offline_rows=6, online_rows=0):
+def make_kind(script, online=False, policy_due=True, log=True, rows=(6, 0)):
     """What kind of step an update is told that it is."""
     return script.StepKind(
         online=online,
-        offline_rows=offline_rows,
-        online_rows=online_rows,
+        rows=script.BatchRows(*rows),
         policy_due=policy_due,
         log=log,
     )

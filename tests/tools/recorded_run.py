@@ -36,8 +36,7 @@ class Sample(NamedTuple):
     steps: int  # that the training environment has made
     finished: int  # how many of them are of finished episodes
     online_size: int  # of the buffer
-    offline_rows: int
-    online_rows: int
+    rows: Any  # BatchRows
     batch: dict[str, Any]
 
 
@@ -160,14 +159,12 @@ def recorded_run(script, dataset, folder, *options, **replaced):
         if run.step:
             seen.checkpoints.append(script.read_checkpoint(run.run_dir / "checkpoint.pt"))
 
-    def recorded_sample(buffer, offline_rows, online_rows):
-        batch = sample(buffer, offline_rows, online_rows)
+    def recorded_sample(buffer, rows):
+        batch = sample(buffer, rows)
         steps = len(seen.envs[0].all_steps())
         finished = sum(len(episode) for episode in seen.envs[0].finished_episodes())
         noted = copy.deepcopy(batch)
-        seen.samples.append(
-            Sample(steps, finished, buffer.online_size, offline_rows, online_rows, noted)
-        )
+        seen.samples.append(Sample(steps, finished, buffer.online_size, rows, noted))
         return batch
 
     def intrinsic_reward(agent, batch, varying_dims, args, log, pool):
