@@ -40,6 +40,8 @@ import contextlib
 import copy
 import csv
 import ctypes
+import difflib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -51,6 +53,7 @@ import platform
 import re
 import secrets
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -84,11 +87,12 @@ class Args:
     """SAC with SERA: train on a D4RL dataset, then go on online, or start from scratch."""
 
     # ------------------------------ experiment arguments (shared)
-    env: str = "hopper-medium-v2"  # D4RL dataset of Gym-MuJoCo or AntMaze, or hopper-medium-mini
+    env: str = "hopper-medium-v2"  # D4RL dataset, or any environment that Gymnasium knows
     dataset_path: str | None = None  # HDF5 file in D4RL's format, in place of the dataset's own
+    clip_actions: bool = False  # take a dataset with actions beyond [-1, 1], and clip them
     physics: Literal["d4rl", "gymnasium"] = "d4rl"  # D4RL's masses and margins, or -v4 as shipped
     seed: int = 1  # seed of networks, batches and environment
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA_VISIBLE_DEVICES=1 is the second GPU
     threads: int | None = None  # of the CPU; by default one or a few, whichever is faster at start
     cudagraphs: bool = True  # on a GPU record each kind of training step once, and replay it
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile the update; auto: on a GPU only
@@ -478,8 +482,8 @@ def train(run: "Run", args: Args) -> None:
             start_online_phase(run, args)
         online_phase(run, args)
     run.writer.close()
-    scores = [row[-1] for row in run.evals[-args.eval_episodes :]]
-    say(f"final score {np.mean(scores):.1f}")
+    returns = [row[3] for row in run.evals[-args.eval_episodes :]]
+    say(f"final {result_of(args.env, returns)}")
 
 
 def offline_phase(run: "Run", args: Args) -> None:
@@ -722,132 +726,257 @@ def compile_functions(run: "Run") -> tuple[Callable, Callable]:
     return compiled(intrinsic_reward), compiled(update)
 
 
-# ------------------------------ data (shared)
+# ------------------------------ tasks (shared)
 class Task(NamedTuple):
+    """An environment, how D4RL scores its returns, and the data file of a dataset."""
+
     env_id: str  # Gymnasium's
     observation_dim: int
     action_dim: int
-    random_return: float  # which D4RL scores as 0
-    expert_return: float  # which D4RL scores as 100
+    random_return: float | None = None  # which D4RL scores as 0; None: there are no scores
+    expert_return: float | None = None  # which D4RL scores as 100
+    horizon: int | None = None  # no trajectory of the dataset is longer
+    file: str | None = None  # below SERVER, or in the repository
+    sha256: str | None = None  # how it begins
 
 
 TASKS = {
-    "hopper": Task("Hopper-v4", 11, 3, -20.272305, 3234.3),
-    "halfcheetah": Task("HalfCheetah-v4", 17, 6, -280.178953, 12135.0),
-    "walker2d": Task("Walker2d-v4", 17, 6, 1.629008, 4592.3),
-    "ant": Task("Ant-v4", 111, 8, -325.6, 3879.7),
+    "hopper": Task("Hopper-v4", 11, 3, -20.272305, 3234.3, 1000),
+    "halfcheetah": Task("HalfCheetah-v4", 17, 6, -280.178953, 12135.0, 1000),
+    "walker2d": Task("Walker2d-v4", 17, 6, 1.629008, 4592.3, 1000),
+    "ant": Task("Ant-v4", 111, 8, -325.6, 3879.7, 1000),
 }
 KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay")
-BUNDLED = {"hopper-medium-mini": "data/hopper-medium-mini.hdf5"}  # comes with the repository
-SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
-MIRROR = "huggingface.co/datasets/imone/D4RL"
+BUNDLED = {  # come with the repository
+    "hopper-medium-mini": TASKS["hopper"]._replace(file="data/hopper-medium-mini.hdf5"),
+}
+UNSUPPORTED = ("kitchen", "maze2d", "minigrid", "flow", "carla", "bullet")  # families of D4RL's
+SERVER = "rail.eecs.berkeley.edu/datasets/offline_rl"
+# A copy at Hugging Face, where some files are cut off: hence the checksums and the other sources.
+MIRROR = "datasets/imone/D4RL/resolve/9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5"
+CHECKSUMS = {  # SHA-256 of D4RL's files, the first 16 digits
+    "ant-random-v2": "93cc10893eed2b8e",
+    "ant-medium-v2": "461c03b9f70f40d6",
+    "ant-expert-v2": "fa22531ca79ea051",
+    "ant-medium-expert-v2": "8cfb64e62d8944b5",
+    "ant-medium-replay-v2": "844c4e5743ef5109",
+    "ant-full-replay-v2": "b95b0a7f34b1d5d1",
+    "halfcheetah-random-v2": "25407aef85b5d16c",
+    "halfcheetah-medium-v2": "41324e8487a9556d",
+    "halfcheetah-expert-v2": "d9fe53bb994eb1e2",
+    "halfcheetah-medium-expert-v2": "015db75dae5bbe8e",
+    "halfcheetah-medium-replay-v2": "48d494a4770c11f4",
+    "halfcheetah-full-replay-v2": "27fdf7ea86e5a2cb",
+    "hopper-random-v2": "63103ef7059db4c0",
+    "hopper-medium-v2": "5bdf1bc4a713c829",
+    "hopper-expert-v2": "01aa219a5f8eea5e",
+    "hopper-medium-expert-v2": "9d51ad87f8c905be",
+    "hopper-medium-replay-v2": "e121c5f7c9857a30",
+    "hopper-full-replay-v2": "56baf95963c51c1e",
+    "walker2d-random-v2": "4e863bb6090cf4a4",
+    "walker2d-medium-v2": "cf00f43add04c17f",
+    "walker2d-expert-v2": "2985dc3d436a8baa",
+    "walker2d-medium-expert-v2": "6b8d7f868c45bbae",
+    "walker2d-medium-replay-v2": "e75de96a4f77acf7",
+    "walker2d-full-replay-v2": "f2720f9d27b2acef",
+}
 
 
-def find_task(dataset_id: str) -> tuple[Task, str]:
-    """The task of a dataset id, and its file below SERVER. ValueError if it is unknown."""
+def find_task(dataset_id: str) -> Task:
+    """The task of --env: one of D4RL's datasets, or an environment that Gymnasium knows.
+
+    ValueError if it is neither.
+    """
     if dataset_id in BUNDLED:
-        return TASKS["hopper"], BUNDLED[dataset_id]
-    if dataset_id.startswith("antmaze"):
-        try:
-            from envs import antmaze  # registers the environments, and knows the files
-        except ImportError:
-            fix = "needs the file envs/antmaze.py beside the script"
-            raise ValueError(f"--env {dataset_id} {fix}") from None
+        return BUNDLED[dataset_id]
+    if dataset_id.startswith("antmaze-"):
+        antmaze = import_from_envs("antmaze", dataset_id)
         if dataset_id in antmaze.DATASETS:
-            return Task(dataset_id, 29, 8, 0.0, 1.0), antmaze.DATASETS[dataset_id]
+            file, sha256 = antmaze.DATASETS[dataset_id]
+            return Task(dataset_id, 29, 8, 0.0, 1.0, file=file, sha256=sha256)
     match = re.fullmatch(r"([a-z0-9]+)-(.+)-v([012])", dataset_id)
     known = match and match[1] in TASKS and match[2] in KINDS
     if not known or match[0].endswith("full-replay-v0"):
-        families = "Gym-MuJoCo or AntMaze (Adroit, kitchen and maze2d are not supported)"
-        fix = "give one such as walker2d-medium-replay-v2"
-        raise ValueError(f"--env {dataset_id} is no dataset of {families}: {fix}")
+        return own_task(dataset_id)
     robot, kind, version = match.groups()
     name = f"{robot}_{kind.replace('-', '_')}"
+    file = f"gym_mujoco_v{version}/{name}-v{version}.hdf5"
     if version == "0":
-        return TASKS[robot], f"gym_mujoco/{name}.hdf5"
-    return TASKS[robot], f"gym_mujoco_v{version}/{name}-v{version}.hdf5"
+        file = f"gym_mujoco/{name}.hdf5"
+    return TASKS[robot]._replace(file=file, sha256=CHECKSUMS.get(dataset_id))
 
 
+def import_from_envs(name: str, dataset_id: str):
+    """A module of envs/, which registers its environments. ValueError where it is not there."""
+    try:
+        return importlib.import_module(f"envs.{name}")
+    except ImportError as error:
+        raise ValueError(f"--env {dataset_id} needs envs/{name}.py ({error})") from None
+
+
+@functools.cache
+def own_task(env_id: str) -> Task:
+    """An environment that Gymnasium knows, also as module:Name-v0. ValueError if it is none."""
+    if env_id.startswith(UNSUPPORTED):
+        family = re.match("[a-z0-9]+", env_id)[0]
+        raise ValueError(f"--env {env_id}: {family} of D4RL is not supported: give another task")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            env = gymnasium.make(env_id, disable_env_checker=True)
+    except Exception as error:  # whatever an environment or an import may raise
+        others = [known for known in known_ids() if known != env_id]
+        close = difflib.get_close_matches(env_id, others, n=1)
+        unknown = "is no dataset of D4RL's, and Gymnasium cannot make it"
+        fix = f"did you mean {close[0]}?" if close else "give one such as hopper-medium-v2"
+        raise ValueError(f"--env {env_id} {unknown} ({first_line(error)}): {fix}") from None
+    states, actions = env.observation_space, env.action_space
+    env.close()
+    for name, space in (("states", states), ("actions", actions)):
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            fix = "give one whose states and actions are vectors of numbers"
+            raise ValueError(f"--env {env_id} has the {name} {space}: {fix}")
+    if not actions.is_bounded():
+        raise ValueError(f"--env {env_id} has actions without bounds ({actions}): give some bounds")
+    return Task(env_id, states.shape[0], actions.shape[0], horizon=env.spec.max_episode_steps)
+
+
+def known_ids() -> list[str]:
+    """What one may have meant: D4RL's ids of the latest version, and Gymnasium's."""
+    return [*(f"{robot}-{kind}-v2" for robot in TASKS for kind in KINDS), *gymnasium.registry]
+
+
+# ------------------------------ data (shared)
 def fetch_dataset(dataset_id: str, dataset_path: str | None = None) -> Path:
     """The HDF5 file: dataset_path, else bundled, else in D4RL's cache, else downloaded into that.
 
     FileNotFoundError if there is none.
     """
-    _, server_path = find_task(dataset_id)
-    cache = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    bundled = Path(__file__).resolve().parent / server_path
-    path = cache / bundled.name
-    if dataset_path:
-        path = Path(dataset_path)
-    elif bundled.is_file():
-        path = bundled
+    task = find_task(dataset_id)
+    bundled = Path(__file__).resolve().parent / (task.file or "")
+    if dataset_path or dataset_id in BUNDLED:
+        path = Path(dataset_path or bundled)
+        if path.is_dir():
+            fix = f"python data/convert.py {path} OUT.hdf5 may make a file of it"
+            raise FileNotFoundError(f"{path} is a folder: {fix}")
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no data file {path}: name one with --dataset-path")
+        return path
+    if task.file is None:
+        fix = "give --dataset-path, or --offline-steps 0 --mixing-ratio 0 to learn without"
+        raise FileNotFoundError(f"--env {dataset_id} has no dataset of its own: {fix}")
+    return fetch_from_d4rl(task)
+
+
+def fetch_from_d4rl(task: Task) -> Path:
+    """A file of D4RL's, from its cache, else from the first source that has it whole.
+
+    Starts at the same time download it once. FileNotFoundError if no source has it.
+    """
+    cache = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")
+    name = task.file.rpartition("/")[2]
+    path = Path(cache, name)
     if path.is_file():
         return path
-    if dataset_path or dataset_id in BUNDLED:
-        raise FileNotFoundError(f"there is no data file {path}: name one with --dataset-path")
-
-    url = f"{SERVER}/{server_path}"
-    part = path.with_name(f"{path.name}.part")
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    urls = (
+        f"{hub}/{MIRROR}/{name}",
+        f"https://{SERVER}/{task.file}",
+        f"http://{SERVER}/{task.file}",
+    )
+    lock = filelock.FileLock(path.with_name(f"{name}.lock"), fallback_to_soft=False)
+    reasons = []
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(part))
-        h5py.File(part).close()  # refuses a truncated file
-        return part.rename(path)
-    except Exception as error:  # whatever the network or the disk may raise
-        fix = f"put it into {cache} (mirror: {MIRROR}), or use --dataset-path"
-        raise FileNotFoundError(
-            f"could not download {dataset_id} ({error}), tried {url}: {fix}"
-        ) from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        acquire(lock)
+        for url in urls:
+            if path.is_file():  # somebody else was faster
+                break
+            reasons.append(download(url, path, task.sha256))
+    except OSError as error:
+        reasons.append(f"{cache}: {error.strerror}")
+    finally:
+        lock.release()
+    if path.is_file():
+        return path
+    fix = f"put {name} into {cache}, or name it with --dataset-path"
+    raise FileNotFoundError(f"could not download {name} ({'; '.join(reasons)}): {fix}")
+
+
+def download(url: str, path: Path, sha256: str | None, timeout: float = 30) -> str:
+    """Put what url has at path, if that is whole; else the reason why not.
+
+    timeout: in seconds, of each answer.
+    """
+    for left in path.parent.glob(f"{path.name}.part*"):  # by a download that was killed
+        left.unlink()
+    part = path.with_name(f"{path.name}.part")
+    usual_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout)
+    say(f"downloading {url}")
+    try:
+        torch.hub.download_url_to_file(url, str(part), sha256)
+        h5py.File(part).close()  # without a checksum this refuses a page of text and half a file
+        part.rename(path)
+    except Exception as error:  # whatever the network may raise
+        part.unlink(missing_ok=True)
+        return f"{url}: {first_line(error)}"
+    finally:
+        socket.setdefaulttimeout(usual_timeout)
+    return ""
+
+
+FORMATS = {  # of other libraries, and what their files hold
+    "robomimic": ("data/demo_0",),
+    "minari": ("episode_0",),
+    "d3rlpy": ("observations_0", "episode_terminals"),
+}
 
 
 def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The named arrays of an HDF5 file, whatever their shape. ValueError if one cannot be read."""
+    """Those of the named arrays that an HDF5 file has, whatever their shape.
+
+    ValueError if the file or one of them cannot be read.
+    """
     try:
         with h5py.File(path, locking=False) as file:
+            for name, signs in FORMATS.items():
+                if any(sign in file for sign in signs):
+                    fix = f"python data/convert.py {path} OUT.hdf5 makes one in D4RL's"
+                    raise ValueError(f"{path} is in {name}'s format: {fix}")
             arrays = {}
             for name in names:
-                if not isinstance(file.get(name), h5py.Dataset):
-                    fix = "give a file in D4RL's format"
-                    raise ValueError(f"{path} has no array '{name}': {fix}")
-                arrays[name] = np.asarray(file[name])
+                if isinstance(file.get(name), h5py.Dataset):
+                    arrays[name] = np.asarray(file[name])
     except (OSError, RuntimeError, MemoryError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as HDF5 ({error}): fetch it again") from None
+        fix = "fetch it again, or let data/convert.py make one of it"
+        if "already open" in str(error):
+            fix = "close it first: this process has it open"
+        raise ValueError(f"{path} cannot be read as HDF5 ({first_line(error)}): {fix}") from None
     return arrays
 
 
-def load_d4rl(dataset_id: str, path: Path | str) -> dict[str, np.ndarray]:
+def load_d4rl(
+    dataset_id: str, path: Path | str, clip_actions: bool = False
+) -> dict[str, np.ndarray]:
     """The transitions of a data file: exactly those of d4rl.qlearning_dataset, in its order.
 
     observations, next_observations (N, d), actions (N, a), rewards (N,) float32; terminals and
     episode_ends (N,) bool. Timeouts and the last row have no next state and are left out;
     episode_ends marks a trajectory's last kept row. After a terminal, next_observations is the
-    next episode's first: mask it. ValueError for a file that is not like that.
+    next episode's first: mask it. clip_actions: take actions beyond [-1, 1] too, which the buffer
+    clips. ValueError for a file that is not like that.
     """
-    task, _ = find_task(dataset_id)
-    flags = ("terminals", "timeouts")
-    raw = read_arrays(path, ("observations", "actions", "rewards", *flags))
-    widths = {"observations": (task.observation_dim,), "actions": (task.action_dim,)}
-    rows = raw["observations"].shape[:1]
-    for name, array in raw.items():
-        shape = rows + widths.get(name, ())
-        if array.shape == (*shape, 1):  # rewards of v1 medium-replay
-            array = array[:, 0]
-        if array.shape != shape or array.dtype.kind not in "fbiu":
-            found = f"{array.dtype} {array.shape}, but {dataset_id} needs numbers, {shape}"
-            raise ValueError(f"{name} in {path} is {found}: give a file in D4RL's format")
-        if len(array) < 2:
-            raise ValueError(f"{path} has {len(array)} rows: give a file with at least 2")
-        if name in flags:
-            good = np.isin(array, (0, 1))
-        else:
-            good = np.abs(array) <= np.finfo(np.float32).max
-        if not good.all():
-            wrong = "flags other than 0 and 1" if name in flags else "NaN or infinity"
-            raise ValueError(f"{name} in {path} has {wrong}: fix the file")
-        raw[name] = array.astype(bool if name in flags else np.float32)
+    task = find_task(dataset_id)
+    raw = read_arrays(path, ("observations", "actions", "rewards", "terminals", "timeouts"))
+    check_arrays(raw, task, dataset_id, path)
+    raw = {name: array.astype(TYPES[name]) for name, array in raw.items()}
+    if "timeouts" not in raw:
+        raw["timeouts"] = counted_timeouts(raw["terminals"], task.horizon)
     largest = np.abs(raw["actions"]).max()
-    if largest > 1 + 1e-6:
-        raise ValueError(f"{path} has actions up to {largest:g}: they have to be within [-1, 1]")
+    if largest > 1 + 1e-6 and not clip_actions:
+        fix = "--clip-actions clips them, and data/convert.py rescales them"
+        raise ValueError(f"{path} has actions up to {largest:g}, not within [-1, 1]: {fix}")
 
     keep = np.flatnonzero(~raw["timeouts"][:-1])
     if len(keep) == 0:
@@ -862,6 +991,88 @@ def load_d4rl(dataset_id: str, path: Path | str) -> dict[str, np.ndarray]:
         "terminals": raw["terminals"][keep],
         "episode_ends": episode_ends,
     }
+
+
+TYPES = {
+    "observations": np.float32,
+    "actions": np.float32,
+    "rewards": np.float32,
+    "terminals": bool,
+    "timeouts": bool,
+}
+
+
+def check_arrays(raw: dict[str, np.ndarray], task: Task, dataset_id: str, path: Path | str) -> None:
+    """Drop a last dimension of 1 in place. ValueError for arrays that are missing or no good."""
+    for name in ("observations", "actions", "rewards", "terminals"):
+        if name not in raw:
+            fix = "give a file in D4RL's format, see docs/own_task.md"
+            raise ValueError(f"{path} has no array '{name}': {fix}")
+    if "timeouts" not in raw and task.horizon is None:
+        fix = "give a file that marks the last row of each trajectory without a terminal"
+        raise ValueError(f"{path} has no array 'timeouts': {fix}")
+    widths = {"observations": (task.observation_dim,), "actions": (task.action_dim,)}
+    rows = raw["observations"].shape[:1]
+    for name, array in raw.items():
+        shape = rows + widths.get(name, ())
+        if array.shape == (*shape, 1):  # rewards of v1 medium-replay
+            array = array[:, 0]
+        if array.shape != shape or array.dtype.kind not in "fbiu":
+            found = f"{array.dtype} {array.shape}, but {dataset_id} needs numbers, {shape}"
+            raise ValueError(f"{name} in {path} is {found}: give a file in D4RL's format")
+        if len(array) < 2:
+            raise ValueError(f"{path} has {len(array)} rows: give a file with at least 2")
+        if TYPES[name] is bool:
+            good = np.isin(array, (0, 1))
+            wrong = "flags other than 0 and 1"
+        else:
+            good = np.abs(array) <= np.finfo(np.float32).max
+            wrong = "NaN or infinity"
+        if not good.all():
+            raise ValueError(f"{name} in {path} has {wrong}: fix the file")
+        raw[name] = array
+
+
+def counted_timeouts(terminals: np.ndarray, horizon: int) -> np.ndarray:
+    """The timeouts (N,) of a file that has none, as d4rl counts them: every horizon-th step."""
+    timeouts = np.zeros(len(terminals), dtype=bool)
+    steps = 0
+    for row, terminal in enumerate(terminals):
+        steps += 1
+        timeouts[row] = steps == horizon
+        if terminal or timeouts[row]:
+            steps = 0
+    return timeouts
+
+
+def check_trajectories(data: dict[str, np.ndarray], task: Task, path: Path) -> None:
+    """ValueError for a file that is not D4RL's own and contradicts itself, or the task.
+
+    Its own next_observations, if it has some, have to be the next rows, and no trajectory may be
+    longer than the task's horizon.
+    """
+    raw = read_arrays(path, ("observations", "next_observations", "timeouts", "terminals"))
+    fix = "mark where trajectories end in 'timeouts', or let data/convert.py do that"
+    given = raw.get("next_observations")
+    if given is not None and given.shape == raw["observations"].shape:
+        differs = np.abs(given[:-1] - raw["observations"][1:]).max(1) > 1e-3
+        ends = raw["terminals"].reshape(-1) != 0
+        if "timeouts" in raw:
+            ends |= raw["timeouts"].reshape(-1) != 0
+        wrong = np.flatnonzero(differs & ~ends[:-1])
+        if len(wrong):
+            found = f"next_observations of row {wrong[0]} is not the next row's observation"
+            raise ValueError(
+                f"{path}: {found} (and so in {len(wrong)} of {len(given)} rows): {fix}"
+            )
+    if task.horizon is None:
+        return
+    ends = np.flatnonzero(data["episode_ends"])
+    lengths = np.diff(ends, prepend=-1)
+    if lengths.max() > task.horizon:
+        first = ends[lengths.argmax()] - lengths.max() + 1
+        found = f"a trajectory of {lengths.max()} steps, from transition {first}"
+        raise ValueError(f"{path} has {found}, but an episode has {task.horizon} at most: {fix}")
 
 
 def return_range(data: dict[str, np.ndarray]) -> float:
@@ -1035,25 +1246,33 @@ def pad_observations(env: gymnasium.Env, observation_dim: int) -> gymnasium.Env:
     return gymnasium.wrappers.TransformObservation(env, lambda s: np.pad(s, missing), padded)
 
 
+def is_of_gym_mujoco(task: Task) -> bool:
+    """Whether it is D4RL's hopper, halfcheetah, walker2d or ant, and not one's own."""
+    return any(task[:5] == robot[:5] for robot in TASKS.values())
+
+
 def make_env(
     dataset_id: str, physics: str = "d4rl", video_dir: Path | None = None
 ) -> gymnasium.Env:
-    """The task's environment: Gymnasium's -v4 (-v5 changed rewards), actions clipped.
+    """The task's environment, for actions in [-1, 1], which are clipped to that.
 
-    physics: "d4rl", or "gymnasium" for the model as shipped. video_dir: film its episodes there.
+    D4RL's robots are Gymnasium's -v4, as -v5 changed rewards. physics: "d4rl", or "gymnasium" for
+    the model as shipped. video_dir: film its episodes there.
     """
-    task, _ = find_task(dataset_id)
+    task = find_task(dataset_id)
     mujoco.set_mju_user_warning(warnings.warn)  # else MuJoCo writes MUJOCO_LOG.TXT
     render_mode = "rgb_array" if video_dir else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # -v4 is deprecated, as is an attribute it uses
         env = gymnasium.make(task.env_id, render_mode=render_mode, disable_env_checker=True)
-        if physics == "d4rl" and not dataset_id.startswith("antmaze"):  # which has it built in
+        if physics == "d4rl" and is_of_gym_mujoco(task):  # the others have it built in
             use_d4rl_physics(env.unwrapped)
         if env.observation_space.shape[0] < task.observation_dim:
             env = pad_observations(env, task.observation_dim)
         if video_dir:
             env = film(env, video_dir)
+    if task.random_return is None:  # one's own: to its bounds from the policy's [-1, 1]
+        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     env = gymnasium.wrappers.ClipAction(env)
     return gymnasium.wrappers.RecordEpisodeStatistics(env)
 
@@ -1069,11 +1288,24 @@ def film(env: gymnasium.Env, video_dir: Path) -> gymnasium.Env:
         raise ValueError(f"--capture-video does not work here ({error}): {fix}") from None
 
 
-def normalized_score(dataset_id: str, returns: float | np.ndarray) -> float | np.ndarray:
-    """D4RL's score of undiscounted returns, in percent: 0 is a random policy, 100 an expert."""
-    task, _ = find_task(dataset_id)
+def normalized_score(dataset_id: str, returns: float | np.ndarray) -> float | np.ndarray | None:
+    """D4RL's score of undiscounted returns, in percent: 0 is a random policy, 100 an expert.
+
+    None for a task of one's own, which has no scores.
+    """
+    task = find_task(dataset_id)
+    if task.random_return is None:
+        return None
     above_random = np.asarray(returns) - task.random_return
     return 100 * above_random / (task.expert_return - task.random_return)
+
+
+def result_of(dataset_id: str, returns: np.ndarray) -> str:
+    """Mean score or, without scores, mean return, in words."""
+    scores = normalized_score(dataset_id, returns)
+    if scores is None:
+        return f"return {np.mean(returns):.1f}"
+    return f"score {np.mean(scores):.1f}"
 
 
 @torch.no_grad()
@@ -1116,10 +1348,10 @@ def run_evaluation(run: "Run", args: Args) -> None:
     returns, lengths = evaluate(policy, run.eval_envs, seeds)
     if args.capture_video:
         run.eval_envs[0].get_wrapper_attr("stop_recording")()
-    scores = normalized_score(args.env, returns)
-    for episode in range(args.eval_episodes):
-        numbers = (returns[episode].item(), lengths[episode].item(), scores[episode].item())
-        run.evals.append((run.phase, run.step, episode, *numbers))
+    for episode, (value, length) in enumerate(zip(returns.tolist(), lengths.tolist())):
+        score = normalized_score(args.env, value)
+        score = None if score is None else float(score)  # an empty cell
+        run.evals.append((run.phase, run.step, episode, value, length, score))
     with open(run.run_dir / "evals.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["phase", "step", "episode", "return", "length", "normalized_score"])
@@ -1127,8 +1359,10 @@ def run_evaluation(run: "Run", args: Args) -> None:
     step = run.total_step(args)
     run.writer.add_scalar("eval/return", returns.mean(), step)
     run.writer.add_scalar("eval/length", lengths.mean(), step)
-    run.writer.add_scalar("eval/normalized_score", scores.mean(), step)
-    run.progress.set_postfix(score=f"{scores.mean():.1f}")
+    scores = normalized_score(args.env, returns)
+    if scores is not None:
+        run.writer.add_scalar("eval/normalized_score", scores.mean(), step)
+    run.progress.set_postfix_str(result_of(args.env, returns))
 
 
 # ------------------------------ run and checkpoint (shared)
@@ -1286,8 +1520,12 @@ def check_finite(run: "Run", logs: dict[str, Tensor]) -> None:
 
 
 def log_episode(run: "Run", args: Args, episode_return: float) -> None:
-    """The score of an online episode, exploration included, and the regret so far."""
-    run.train_scores.append(float(normalized_score(args.env, episode_return)))
+    """Return and score of an online episode, exploration included, and the regret so far."""
+    run.writer.add_scalar("train/return", float(episode_return), run.total_step(args))
+    score = normalized_score(args.env, episode_return)
+    if score is None:
+        return
+    run.train_scores.append(float(score))
     regret = 1 - np.mean(run.train_scores) / 100
     run.writer.add_scalar("train/score", run.train_scores[-1], run.total_step(args))
     run.writer.add_scalar("train/regret", regret, run.total_step(args))
@@ -1388,10 +1626,18 @@ def parse_args(argv: list[str] | None = None, checkpoint: dict | None = None) ->
             if first_look.env.startswith(start):
                 vars(default).update(PRESETS[start])
     args = tyro.cli(Args, args=argv, default=default)
+    expand_paths(args)
     check_args(args)
     if checkpoint:
         check_resumed_args(args, checkpoint)
     return args
+
+
+def expand_paths(args: Args) -> None:
+    """A ~ in a path is the home folder, also where the shell leaves it, as in --run-dir=~/a."""
+    for name in ("dataset_path", "run_dir"):
+        value = getattr(args, name)
+        setattr(args, name, value and os.path.expanduser(value))
 
 
 def check_args(args: Args) -> None:
@@ -1433,12 +1679,14 @@ def check_args(args: Args) -> None:
 def check_resumed_args(args: Args, checkpoint: dict) -> None:
     """ValueError, naming them all, for arguments that would make it another run than it was."""
     allowed = RESUME_MAY_CHANGE
-    if checkpoint["phase"] == "offline":
+    offline = checkpoint["phase"] == "offline"
+    if offline:
         allowed = allowed | OFFLINE_RESUME_MAY_CHANGE
     changed = []
     for name, old in checkpoint["args"].items():
         new = getattr(args, name)
-        more_steps = name == "online_steps" and new > old
+        longer = name == "online_steps" or (name == "offline_steps" and offline)
+        more_steps = longer and new > old
         if new != old and name not in allowed and not more_steps:
             changed.append(f"--{name.replace('_', '-')} {old}")
     if changed:
@@ -1454,6 +1702,7 @@ def find_checkpoint(
     The lock comes first: a run that still lives there may be about to write a newer one.
     """
     args, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
+    expand_paths(args)
     if not args.resume:
         return None, None
     if args.run_dir is None:
@@ -1470,10 +1719,10 @@ def find_checkpoint(
 
 def lock_run_dir(run_dir: Path) -> filelock.BaseFileLock:
     """Keep all other runs out of a folder until this process ends. ValueError if one is in it."""
-    lock = filelock.FileLock(run_dir / "in_use_by_a_run.lock")
+    lock = filelock.FileLock(run_dir / "in_use_by_a_run.lock", fallback_to_soft=False)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        acquire(lock, timeout=0)
     except filelock.Timeout:
         found = f"--run-dir {run_dir} is in use by another run ({lock.lock_file})"
         raise ValueError(f"{found}: wait for it, or name another folder") from None
@@ -1481,6 +1730,29 @@ def lock_run_dir(run_dir: Path) -> filelock.BaseFileLock:
         found = f"--run-dir {run_dir} cannot be used ({error.strerror})"
         raise ValueError(f"{found}: name another folder") from None
     return lock
+
+
+def acquire(lock: filelock.BaseFileLock, timeout: float = -1) -> None:
+    """Take a lock, or go on with a warning where the file system has none."""
+    try:
+        lock.acquire(timeout=timeout)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        folder = Path(lock.lock_file).parent
+        say(f"{folder} has no locks ({error.strerror}): going on, let no other run use it")
+
+
+def new_run_dir(args: Args) -> Path:
+    """A folder that no other run has, also if that starts in the same second."""
+    env = re.sub(r"[^\w.-]+", "-", args.env)  # as in module:Name-v0
+    name = f"runs/{env}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
+    for number in range(1, 1000):
+        run_dir = Path(name if number == 1 else f"{name}_{number}")
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+    raise ValueError(f"{name} and a thousand others are there: name a folder with --run-dir")
 
 
 def choose_matmul(device: torch.device) -> None:
@@ -1562,19 +1834,16 @@ def set_up(
 ) -> Run:
     """Data, networks, environments, folder: all that bad input can make fail, before training."""
     keep_large_blocks()
-    script = Path(__file__).stem
-    default_dir = f"runs/{args.env}__{script}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or default_dir)
-    if (run_dir / "config.json").exists() and not checkpoint:
+    if args.run_dir and Path(args.run_dir, "config.json").exists() and not checkpoint:
         fix = "add --resume, or name another folder"
-        raise ValueError(f"--run-dir {run_dir} already holds a run: {fix}")
+        raise ValueError(f"--run-dir {args.run_dir} already holds a run: {fix}")
     use_cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if use_cuda else "cpu")
 
     data, data_file, data_sha256 = load_data(args)
     choose_matmul(device)
     torch.manual_seed(args.seed)
-    task, _ = find_task(args.env)
+    task = find_task(args.env)
     agent = Agent(task.observation_dim, task.action_dim, args).to(device)
     optimizer, scheduler = make_optimizer(agent, args)
     run = Run(
@@ -1585,7 +1854,6 @@ def set_up(
         buffer=ReplayBuffer(data, args, device),
         env=make_env(args.env, args.physics),
         device=device,
-        run_dir=run_dir,
         data_sha256=data_sha256,
     )
     space = run.env.observation_space
@@ -1601,13 +1869,14 @@ def set_up(
         record_steps(run, args)
     if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda"):
         run.compiled = compile_functions(run)
+    run.run_dir = Path(args.run_dir) if args.run_dir else new_run_dir(args)
+    run.lock = lock or lock_run_dir(run.run_dir)
     video_dirs = [None] * args.eval_episodes
     if args.capture_video:
-        video_dirs[0] = run_dir / "videos"
+        video_dirs[0] = run.run_dir / "videos"
     run.eval_envs = [make_env(args.env, args.physics, video_dir) for video_dir in video_dirs]
-    run.lock = lock or lock_run_dir(run_dir)
     config = {
-        "script": script,
+        "script": Path(__file__).stem,
         "env_id": task.env_id,
         "args": asdict(args),
         "data_file": data_file,
@@ -1618,7 +1887,7 @@ def set_up(
     }
     start_logs(run, args, config)
     where = device.type if device.type == "cuda" else f"cpu, threads {run.threads}"
-    say(f"{args.env}: {run.buffer.offline_size:,} transitions; {where}; {run_dir}")
+    say(f"{args.env}: {run.buffer.offline_size:,} transitions; {where}; {run.run_dir}")
     return run
 
 
@@ -1626,22 +1895,34 @@ def load_data(args: Args) -> tuple[dict[str, np.ndarray] | None, str | None, str
     """The dataset, its file and that file's SHA-256, if the run has any use for one."""
     if args.offline_steps == 0 and args.mixing_ratio == 0:
         return None, None, None
+    task = find_task(args.env)
     path = fetch_dataset(args.env, args.dataset_path)
-    data = load_d4rl(args.env, path)
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    is_d4rl_s = bool(task.sha256) and sha256.startswith(task.sha256)
+    if task.sha256 and not args.dataset_path and not is_d4rl_s:
+        fix = "delete it, and it will be fetched again"
+        raise ValueError(f"{path} is not D4RL's file (its SHA-256 is another): {fix}")
+    data = load_d4rl(args.env, path, args.clip_actions)
+    if args.dataset_path and not is_d4rl_s:
+        check_trajectories(data, task, path)
     if args.env.startswith("antmaze") and not (data["rewards"] > 0).any():
         fix = "give a file with successes"
         raise ValueError(f"{path} never reaches the goal (no reward > 0): {fix}")
-    with open(path, "rb") as file:
-        return data, str(path), hashlib.file_digest(file, "sha256").hexdigest()
+    return data, str(path), sha256
 
 
 def stop_on_signals(run: Run) -> None:
-    """Ctrl-C, SIGTERM and SIGHUP ask for a checkpoint at the end of the episode, then an end."""
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask for a checkpoint after the episode, then an end.
+
+    SIGUSR1 is what clusters send some time before the end, if they are asked to.
+    """
 
     def remember(number, frame):
         run.received.append(signal.Signals(number).name)
+        say(f"\n{run.received[-1]}: a checkpoint follows at the end of the episode")
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         number = getattr(signal, name, None)  # not every system has all of them
         if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, remember)

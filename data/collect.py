@@ -83,7 +83,7 @@ def load_policy(path: str) -> tuple[gymnasium.Env, Callable, dict]:
     checkpoint = read_checkpoint(path)
     script = importlib.import_module(checkpoint["script"])
     args = script.Args(**checkpoint["args"])
-    task, _ = script.find_task(args.env)
+    task = script.find_task(args.env)
     agent = script.Agent(task.observation_dim, task.action_dim, args)
     agent.load_state_dict(checkpoint["agent"])
     mean = checkpoint["normalizer"]["mean"].numpy()

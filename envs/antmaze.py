@@ -150,19 +150,31 @@ class AntMazeEnv(MujocoEnv, EzPickle):
         return self.observation(), float(arrived), arrived, False, {}
 
 
-def register_environments() -> dict[str, str]:
-    """Register D4RL's ids with Gymnasium; gives the file of each one's data on D4RL's server."""
+CHECKSUMS = {  # SHA-256 of D4RL's files, the first 16 digits
+    "antmaze-umaze-v2": "5ef15257771c50ef",
+    "antmaze-umaze-diverse-v2": "c771dd63963cd7d9",
+    "antmaze-medium-play-v2": "c9fec1c1daad97c7",
+    "antmaze-medium-diverse-v2": "ad9dcbac05d1f874",
+    "antmaze-large-play-v2": "6d353df245782992",
+    "antmaze-large-diverse-v2": "84f775eb7956ea9c",
+}
+
+
+def register_environments() -> dict[str, tuple[str, str | None]]:
+    """Register D4RL's ids; gives the file of each one's data on D4RL's server, and its checksum."""
     datasets = {}
     for kind in KINDS:
         maze = kind.split("-")[0]
         many_starts = kind != "umaze"  # in the data; the environment has one
         many_goals = kind.endswith("-diverse")
         data = f"noisy_multistart_{many_starts}_multigoal_{many_goals}_sparse"
-        datasets[f"antmaze-{kind}-v0"] = f"ant_maze_new/Ant_maze_{FILES[maze]}_{data}.hdf5"
-        datasets[f"antmaze-{kind}-v2"] = f"ant_maze_v2/Ant_maze_{FILES[maze]}_{data}_fixed.hdf5"
-        for version in ("v0", "v2"):
+        name = f"Ant_maze_{FILES[maze]}_{data}"
+        files = {"v0": f"ant_maze_new/{name}.hdf5", "v2": f"ant_maze_v2/{name}_fixed.hdf5"}
+        for version, file in files.items():
+            dataset_id = f"antmaze-{kind}-{version}"
+            datasets[dataset_id] = file, CHECKSUMS.get(dataset_id)
             gymnasium.register(
-                f"antmaze-{kind}-{version}",
+                dataset_id,
                 AntMazeEnv,
                 max_episode_steps=700 if maze == "umaze" else 1000,
                 kwargs={"maze": maze},
@@ -170,4 +182,4 @@ def register_environments() -> dict[str, str]:
     return datasets
 
 
-DATASETS = register_environments()  # D4RL's ids and the files of their data, below its address
+DATASETS = register_environments()  # D4RL's ids; the files of their data, below its address

@@ -57,7 +57,7 @@ def online_rows(task: Any, rows: int) -> dict[str, np.ndarray]:
 
 def make_run(script: ModuleType, script_args: Any, folder: Path, rows: int) -> Any:
     """A run at the end of its online phase, with a row of evals.csv for every 250 steps."""
-    task, _ = script.find_task(script_args.env)
+    task = script.find_task(script_args.env)
     device = torch.device("cpu")
     agent = script.Agent(task.observation_dim, task.action_dim, script_args)
     optimizer, scheduler = script.make_optimizer(agent, script_args)

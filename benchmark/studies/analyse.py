@@ -115,7 +115,7 @@ class Player:
     """The policy and the critics of a checkpoint, in the environment's own units."""
 
     def __init__(self, script: ModuleType, args, checkpoint: dict, reward_scale: float):
-        task, _ = script.find_task(args.env)
+        task = script.find_task(args.env)
         self.agent = script.Agent(task.observation_dim, task.action_dim, args)
         self.agent.load_state_dict(checkpoint["agent"])
         self.normalizer = checkpoint["normalizer"]

@@ -47,7 +47,7 @@ class Sampler:
         checkpoint = self.script.read_checkpoint(path)
         changes = {"device": "cpu", "online_steps": 0, "sera_coef": 1.0, "sera_bonus": "q"}
         self.args = self.script.Args(**checkpoint["args"] | changes)
-        task, _ = self.script.find_task(self.args.env)
+        task = self.script.find_task(self.args.env)
         self.agent = self.script.Agent(task.observation_dim, task.action_dim, self.args)
         frozen = "bonus_agent" if checkpoint["phase"] == "online" else "agent"
         self.agent.load_state_dict(checkpoint[frozen])

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from torch.utils.tensorboard import SummaryWriter
 
 pytest.importorskip("ray", reason="ray is not installed: pip install -r benchmark/requirements.txt")
 sys.path.insert(0, str(ROOT / "benchmark" / "studies"))
@@ -106,6 +107,9 @@ def test_grid(tmp_path, mps_log, monkeypatch):
     words = commands["td3bc_sera__hopper-medium-mini__sera__2"].split()
     assert words[0] == "td3bc_sera.py"
     importlib.import_module("td3bc_sera").main([*words[1:], "--run-dir", str(tmp_path / "whole")])
+    watched = (tmp_path / "study" / "watched.csv").read_text().splitlines()
+    assert watched[0] == "run,metric,value" and len(watched) == 1 + 2 * 2 + 2 * 5
+    assert watched[1].startswith("td3bc_sera__hopper-medium-mini__plain__1,losses/q_data,")
     gathered = tmp_path / "study" / "runs" / "td3bc_sera__hopper-medium-mini__sera__2.csv"
     assert gathered.read_bytes() == (tmp_path / "whole" / "evals.csv").read_bytes()
 
@@ -152,7 +156,7 @@ def test_bad_grid(old, new, part, tmp_path):
 
 
 def test_variants_with_offline_phases_of_their_own(tmp_path):
-    """A variant that changes more than --sera-* starts anew; equal runs share a folder."""
+    """A variant that changes the offline phase starts anew; equal runs share a folder."""
     text = GRID.replace('"--sera-coef 0"', '"--gamma 0.9"')
     runs = run.plan(grid_file(tmp_path / "a", text), tmp_path)
     plain = [item for item in runs if "__plain__" in item.name]
@@ -161,6 +165,35 @@ def test_variants_with_offline_phases_of_their_own(tmp_path):
     shared = {item.folder for item in runs} & {item.folder for item in others}
     assert len(shared) == 4  # two offline phases and the two runs of sera
     assert len({item.folder for item in others}) == len(others) == 6
+
+
+def test_variants_of_the_online_phase_share_the_offline_one(tmp_path):
+    """Also those of --online-sampling; and IQL's is that of a run with an online phase."""
+    text = GRID.replace('"--sera-coef 0"', '"--online-sampling append --mixing-ratio=0.2"')
+    text = text.replace("td3bc_sera", "iql_sera")
+    runs = run.plan(grid_file(tmp_path / "a", text), tmp_path)
+    offline = [item for item in runs if not item.csv]
+    assert len(offline) == 2 and len(runs) == 6
+    assert all(item.start in offline for item in runs if item.csv)
+    iql = importlib.import_module("iql_sera")
+    for item in offline:
+        args = iql.parse_args(item.command()[2:])
+        assert (args.online_steps, args.actor_lr_schedule) == (0, "constant")
+
+
+def test_watched(tmp_path):
+    """Means of the last fifth of the online steps, of what is logged there; a rerun replaces it."""
+    item = run.Run("b", "x_sera", "--online-steps 100", tmp_path, csv=tmp_path / "b.csv")
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(0, 210, 10):
+            writer.add_scalar("losses/q_data", step, step)
+            writer.add_scalar("losses/td", step, step)
+    assert run.watched(item) == {"losses/q_data": 195.0}  # of 190 and 200
+    old = "run,metric,value\nb,losses/q_data,1\nc,losses/q_data,2\n"
+    (tmp_path / "watched.csv").write_text(old)
+    run.note_watched(item, tmp_path / "grid.toml")
+    expected = "run,metric,value\nb,losses/q_data,195\nc,losses/q_data,2\n"
+    assert (tmp_path / "watched.csv").read_text() == expected
 
 
 def test_other_critics(tmp_path):

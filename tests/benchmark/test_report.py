@@ -78,17 +78,23 @@ def table(study, name="table.md"):
 def test_scores(reported):
     """Means and standard deviations over seeds; of two, that is |difference| / sqrt 2."""
     text = (reported / "table.md").read_text()
-    header = "| script | env | variant | n | final | offline | dip | area | final, every seed |"
+    header = "| script | env | variant | n | final | last five | offline | dip | area "
+    header += "| final, every seed | last five, every seed |"
     for line in (header, "| plain | `--sera-coef 0` |", "All 8 runs are finished."):
         assert f"{line}\n" in text
     for row in (
         # areas: (10 * 34 + 20 * 40) / 30 = 38 and (10 * 40 + 20 * 50) / 30 = 46.67
-        "e1 | plain | 2 | 55.0 ± 7.1 | 42.0 ± 2.8 | 7.0 ± 4.2 | 42.3 ± 6.1 | 50.0 / 60.0",
+        # three online evaluations are fewer than five: (38 + 30 + 50) / 3 and (40 + 40 + 60) / 3
+        "e1 | plain | 2 | 55.0 ± 7.1 | 43.0 ± 5.2 | 42.0 ± 2.8 | 7.0 ± 4.2 | 42.3 ± 6.1 "
+        "| 50.0 / 60.0 | 39.3 / 46.7",
         # dips: 40 - 42 and 44 - 20; areas: (585 + 1450) / 30 = 67.83 and (320 + 1000) / 30 = 44
-        "e1 | sera | 2 | 75.0 ± 7.1 | 42.0 ± 2.8 | 11.0 ± 18.4 | 55.9 ± 16.9 | 70.0 / 80.0",
-        "e2 | plain | 2 | 15.0 ± 7.1 | 15.0 ± 7.1 | 0.0 ± 0.0 | 15.0 ± 7.1 | 10.0 / 20.0",
+        "e1 | sera | 2 | 75.0 ± 7.1 | 55.2 ± 10.1 | 42.0 ± 2.8 | 11.0 ± 18.4 | 55.9 ± 16.9 "
+        "| 70.0 / 80.0 | 62.3 / 48.0",
+        "e2 | plain | 2 | 15.0 ± 7.1 | 15.0 ± 7.1 | 15.0 ± 7.1 | 0.0 ± 0.0 | 15.0 ± 7.1 "
+        "| 10.0 / 20.0 | 10.0 / 20.0",
         # areas: (100 + 300) / 30 = 13.33 and (200 + 250) / 30 = 15
-        "e2 | sera | 2 | 12.5 ± 10.6 | 15.0 ± 7.1 | 7.5 ± 10.6 | 14.2 ± 1.2 | 20.0 / 5.0",
+        "e2 | sera | 2 | 12.5 ± 10.6 | 14.2 ± 1.2 | 15.0 ± 7.1 | 7.5 ± 10.6 | 14.2 ± 1.2 "
+        "| 20.0 / 5.0 | 13.3 / 15.0",
     ):
         assert f"| a_sera | {row} |\n" in text
 
@@ -179,8 +185,9 @@ def test_missing_and_unfinished_runs(study):
     )
     for row in (
         f"5 of 8 runs are in none of the numbers: {names}.",
-        "| a_sera | e1 | sera | 1 | 70.0 ± - | 40.0 ± - | -2.0 ± - | 67.8 ± - | 70.0 / - |",
-        "| a_sera | e2 | sera | 0 | - | - | - | - | - / - |",
+        "| a_sera | e1 | sera | 1 | 70.0 ± - | 62.3 ± - | 40.0 ± - | -2.0 ± - | 67.8 ± - "
+        "| 70.0 / - | 62.3 / - |",
+        "| a_sera | e2 | sera | 0 | - | - | - | - | - | - / - | - / - |",
         "| a_sera | e1 | sera | 1 | 70.0 [-, -] | 100.0 [-, -] | 20.0 ± - | 1 |",
         "| a_sera | **all** | sera | 1 | - | - | - | 1 |",
     ):
@@ -191,8 +198,31 @@ def test_no_offline_phase(study):
     """From scratch: no offline score, no dip, the rest as ever."""
     for path in (study / "runs").iterdir():
         path.write_text(re.sub(r"(?m)^offline.*\n", "", path.read_text()))
-    row = "| a_sera | e1 | plain | 2 | 55.0 ± 7.1 | - | - | 42.3 ± 6.1 | 50.0 / 60.0 |\n"
-    assert row in table(study)
+    row = "| a_sera | e1 | plain | 2 | 55.0 ± 7.1 | 43.0 ± 5.2 | - | - | 42.3 ± 6.1 "
+    assert f"{row}| 50.0 / 60.0 | 39.3 / 46.7 |\n" in table(study)
+
+
+def test_last_five():
+    """Five and no more, of the online phase alone."""
+    scores = [90.0, 80.0, *range(7)]
+    phases = ["offline"] * 2 + ["online"] * 7
+    run = pd.DataFrame({"phase": phases, "step": range(9), "score": scores})
+    assert report.measures(run)["last five"] == 4  # of 2 to 6
+
+
+def test_numbers_to_watch(study):
+    """watched.csv becomes a section: every seed, a dash for what a cell never logged."""
+    rows = ["a_sera__e1__plain__1,losses/q_data,12.3456", "a_sera__e1__plain__2,losses/q_data,9"]
+    rows += ["a_sera__e2__sera__2,sera/bonus_mean,0.5"]
+    (study / "watched.csv").write_text("\n".join(["run,metric,value", *rows]) + "\n")
+    section = table(study).split("## Numbers to watch")[1]
+    for row in (
+        "| script | env | variant | losses/q_data | sera/bonus_mean |",
+        "| a_sera | e1 | plain | 12.346 / 9.000 | - |",
+        "| a_sera | e1 | sera | - | - |",
+        "| a_sera | e2 | sera | - | - / 0.500 |",
+    ):
+        assert row + "\n" in section
 
 
 def test_draw():

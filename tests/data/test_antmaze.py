@@ -301,7 +301,7 @@ def test_spaces(maze):
     assert np.all(raw.action_space.high == 1)
     observation, *_ = env.step(env.action_space.sample().clip(-1, 1))
     np.testing.assert_array_equal(observation, np.concatenate([raw.data.qpos, raw.data.qvel]))
-    task, _ = calql_sera.find_task(IDS[maze])
+    task = calql_sera.find_task(IDS[maze])
     assert (task.observation_dim, task.action_dim) == (29, 8)
 
 
@@ -889,7 +889,7 @@ def test_addresses_of_the_package():
     assert len(expected) == 12
     assert antmaze.DATASETS.keys() == expected.keys()
     for env, address in expected.items():
-        _, server_path = calql_sera.find_task(env)
+        server_path = calql_sera.find_task(env).file
         assert f"{calql_sera.SERVER}/{server_path}" == address
 
 
@@ -897,7 +897,7 @@ def test_reference_scores():
     """The package's reference scores are 0 and 1, so a score is 100 times the return."""
     infos = oracle("infos.py")
     for env in antmaze.DATASETS:
-        task, _ = calql_sera.find_task(env)
+        task = calql_sera.find_task(env)
         assert (task.random_return, task.expert_return) == (0, 1)
         assert (infos.REF_MIN_SCORE[env], infos.REF_MAX_SCORE[env]) == (0, 1), env
 
@@ -916,7 +916,7 @@ def test_ids_by_hand():
     scores = calql_sera.normalized_score(UMAZE, np.array([0, 0.25, 1]))
     assert scores.tolist() == [0, 25, 100]
     for env in antmaze.DATASETS:
-        task, _ = calql_sera.find_task(env)
+        task = calql_sera.find_task(env)
         assert task.env_id == env
         cells = calql_sera.make_env(env).unwrapped.cells
         assert tuple("".join(row) for row in cells) == antmaze.MAZES[env.split("-")[1]]

@@ -150,7 +150,7 @@ def test_actions_are_clipped(env):
 @pytest.mark.parametrize("env", ENVS)
 def test_shapes_and_horizon(env):
     """Widths are the dataset's, episodes last 1000 steps, seeds fix the start."""
-    task, _ = calql_sera.find_task(env)
+    task = calql_sera.find_task(env)
     made = calql_sera.make_env(env)
     observation, _ = made.reset(seed=5)
     assert made.observation_space.shape == observation.shape == (task.observation_dim,)

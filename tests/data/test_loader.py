@@ -80,7 +80,7 @@ def assert_equal_to_package(d4rl, env, path):
 
 def url(dataset_id):
     """The address that a dataset would be downloaded from."""
-    _, server_path = calql_sera.find_task(dataset_id)
+    server_path = calql_sera.find_task(dataset_id).file
     return f"{calql_sera.SERVER}/{server_path}"
 
 
@@ -195,7 +195,7 @@ def test_every_real_sample_loads(real_data):
     """Each genuine Gym-MuJoCo sample: sensible shapes, types, ends and consecutive states."""
     for env, path in gym_samples(real_data).items():
         data = calql_sera.load_d4rl(env, path)
-        task, _ = calql_sera.find_task(env)
+        task = calql_sera.find_task(env)
         with h5py.File(path) as file:
             rows = len(file["rewards"])
             timeouts = int(file["timeouts"][:-1].sum())
@@ -299,7 +299,7 @@ def test_reference_scores(d4rl):
         for version, kinds in enumerate((V0_KINDS, KINDS, KINDS)):
             for kind in kinds:
                 dataset_id = f"{robot}-{kind}-v{version}"
-                task, _ = calql_sera.find_task(dataset_id)
+                task = calql_sera.find_task(dataset_id)
                 assert task.random_return == lowest[dataset_id], dataset_id
                 assert task.expert_return == highest[dataset_id], dataset_id
 

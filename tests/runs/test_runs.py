@@ -124,7 +124,7 @@ def test_sera_variants_run(script, tmp_path, sera, critic):
 )
 def test_other_robots(script, tmp_path, env):
     """The other robots run both phases on a file of their own shape; ant is padded with zeros."""
-    task, _ = script.find_task(env)
+    task = script.find_task(env)
     path = write_dataset(tmp_path / "data.hdf5", task.observation_dim, task.action_dim)
     steps = options("--offline-steps 4 --online-steps 30 --eval-every 100 --eval-episodes 1")
     argv = ["--env", env, "--dataset-path", path, *SMALL, *steps, "--sera-scale", "dim"]
