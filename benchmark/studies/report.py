@@ -2,6 +2,7 @@
 
     python benchmark/studies/report.py docs/results          # every study in there
     python benchmark/studies/report.py docs/results/STUDY    # a single one
+    python benchmark/studies/report.py runs/A runs/B         # curves of these runs, into curves.png
 
 A study is a folder with
 
@@ -86,10 +87,12 @@ unfinished, and then in no mean)."""
 
 @dataclass
 class Args:
-    """Rewrite tables and learning curves of studies from their raw evaluations."""
+    """Rewrite tables and learning curves of studies from their raw evaluations, or draw runs."""
 
-    folder: tyro.conf.Positional[Path]
-    """a study, or a folder of studies"""
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """a study, a folder of studies, or the folders of runs"""
+    output: Path = Path("curves.png")
+    """where the curves of runs go"""
 
 
 class BadInput(Exception):
@@ -163,7 +166,7 @@ def studies(folder: Path) -> list[Path]:
         return [folder]
     found = [path.parent for path in sorted(folder.glob("*/grid.toml"))]
     if not found:
-        raise BadInput(f"{folder}: no study here (a folder with grid.toml)")
+        raise BadInput(f"{folder}: no study here (grid.toml), and no run (evals.csv)")
     return found
 
 
@@ -430,6 +433,37 @@ def learning_curves(path: Path, grid: dict, evals: pd.DataFrame) -> None:
     save(figure, path)
 
 
+# ------------------------------ runs without a grid
+def curve_of(folder: Path) -> tuple[pd.DataFrame, str]:
+    """Every evaluation of a run, phase, step and value, and what the value is: score or return."""
+    frame = pd.read_csv(folder / "evals.csv")
+    name = "normalized_score"
+    if frame[name].isna().all():  # a task of one's own
+        name = "return"
+    means = frame.groupby(["phase", "step"], sort=False)[name].mean().rename("value")
+    return means.reset_index(), name.replace("_", " ")
+
+
+def draw_runs(folders: Sequence[Path], path: Path) -> None:
+    """One panel for each kind of value: offline steps left of 0, online steps right of it."""
+    curves = {}
+    for folder in folders:
+        curve, name = curve_of(folder)
+        offline = curve["phase"] == "offline"
+        last = curve.loc[offline, "step"].max() if offline.any() else 0
+        curve.loc[offline, "step"] -= last
+        curves.setdefault(name, []).append((folder.resolve().name, curve))
+    figure = Figure(figsize=(7, 4 * len(curves)), layout="constrained")
+    axes = figure.subplots(len(curves), squeeze=False).flat
+    for axis, (name, named_curves) in zip(axes, curves.items()):
+        for label, curve in named_curves:
+            axis.plot(curve["step"], curve["value"], marker=".", label=label)
+        axis.axvline(0, color="0.3", linewidth=1)
+        axis.set(xlabel="offline steps | online steps", ylabel=name)
+        axis.legend()
+    save(figure, path)
+
+
 # ------------------------------ the report
 def write_text(path: Path, text: str) -> None:
     """Write with the same line ends on every system."""
@@ -548,12 +582,17 @@ def rebuild(study: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    folder = tyro.cli(Args, args=arguments).folder
+    args = tyro.cli(Args, args=arguments)
     try:
-        rebuilt = [rebuild(study) for study in studies(folder)]
+        if all((folder / "evals.csv").is_file() for folder in args.folders):
+            draw_runs(args.folders, args.output)
+            print(args.output)
+            return 0
+        rebuilt = [rebuild(study) for folder in args.folders for study in studies(folder)]
         if not any(rebuilt):
-            raise BadInput(f"{folder}: no study here has raw evaluations (runs/*.csv)")
-    except BadInput as error:
+            names = ", ".join(map(str, args.folders))
+            raise BadInput(f"{names}: no study here has raw evaluations (runs/*.csv)")
+    except (BadInput, OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -391,7 +391,8 @@ def plant_a_count(patch):
     def sample(buffer, rows):
         offline = torch.rand(rows.dataset, dtype=torch.float64) * buffer.offline_size
         online = torch.rand(rows.online, dtype=torch.float64) * buffer.online_size
-        drawn = torch.cat([offline.long(), online.long() + buffer.offline_size])
+        both = torch.rand(rows.both, dtype=torch.float64) * buffer.size
+        drawn = torch.cat([offline.long(), online.long() + buffer.offline_size, both.long()])
         return buffer.as_columns(buffer.table[drawn])
 
     patch.setattr(sac_sera.ReplayBuffer, "sample", sample)
@@ -413,7 +414,7 @@ def plant_another_tensor(patch):
 def plant_a_rate(patch):
     """The learning rate is a Python number, as on a CPU."""
     patch.setattr(iql_sera, "prepare_optimizer", lambda optimizer, device: None)
-    return iql_sera, {}
+    return iql_sera, {"actor_lr_schedule": "cosine"}
 
 
 def plant_a_weight(patch):

@@ -42,6 +42,7 @@ def make_batch(seed=0, batch_size=6):
     batch = {name: torch.randn(batch_size, 4) for name in ("observations", "next_observations")}
     batch["actions"] = torch.rand(batch_size, 2) * 2 - 1
     batch |= {"rewards": torch.randn(batch_size), "mc_returns": torch.randn(batch_size)}
+    batch["online"] = (torch.arange(batch_size) % 2).float()
     batch["terminals"] = torch.zeros(batch_size)
     batch["terminals"][1] = 1
     batch["terminals"][4] = 1
