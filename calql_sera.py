@@ -151,6 +151,16 @@ class Args:
 # SERA paper's.
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 3_000, "online_steps": 1_500, "eval_every": 500},
+    "pendulum-mini": {
+        "offline_steps": 5_000,
+        "online_steps": 5_000,
+        "eval_every": 500,
+        "actor_lr": 1e-3,
+        "critic_lr": 1e-3,
+        "hidden_dim": 64,
+        "cql_weight": 1.0,
+        "cql_actions": 4,
+    },
     "walker2d": {"sera_k": 20},
     "antmaze": {
         "offline_steps": 1_000_000,
@@ -855,6 +865,7 @@ TASKS = {
 KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay")
 BUNDLED = {  # come with the repository
     "hopper-medium-mini": TASKS["hopper"]._replace(file="data/hopper-medium-mini.hdf5"),
+    "pendulum-mini": Task("Pendulum-v1", 3, 1, horizon=200, file="data/pendulum-mini.hdf5"),
 }
 UNSUPPORTED = ("kitchen", "maze2d", "minigrid", "flow", "carla", "bullet")  # families of D4RL's
 SERVER = "rail.eecs.berkeley.edu/datasets/offline_rl"

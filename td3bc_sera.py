@@ -151,6 +151,15 @@ class Args:
 # the SERA paper's.
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 5_000, "online_steps": 2_500, "eval_every": 500},
+    "pendulum-mini": {
+        "offline_steps": 5_000,
+        "online_steps": 5_000,
+        "eval_every": 500,
+        "actor_lr": 1e-3,
+        "critic_lr": 1e-3,
+        "hidden_dim": 64,
+        "bc_alpha": 40.0,
+    },
     "walker2d": {"sera_k": 20},
     "antmaze": {
         "offline_steps": 1_000_000,
@@ -763,6 +772,7 @@ TASKS = {
 KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay")
 BUNDLED = {  # come with the repository
     "hopper-medium-mini": TASKS["hopper"]._replace(file="data/hopper-medium-mini.hdf5"),
+    "pendulum-mini": Task("Pendulum-v1", 3, 1, horizon=200, file="data/pendulum-mini.hdf5"),
 }
 UNSUPPORTED = ("kitchen", "maze2d", "minigrid", "flow", "carla", "bullet")  # families of D4RL's
 SERVER = "rail.eecs.berkeley.edu/datasets/offline_rl"

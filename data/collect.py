@@ -16,7 +16,7 @@ episode ends at the goal.
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +57,8 @@ class Args:
     """HDF5 file to write; it must not exist yet"""
     env: Annotated[str | None, arg(metavar="ID")] = None
     """dataset id of the AntMaze to walk through, with an .npz; a checkpoint knows its own"""
+    mix: tuple[str, ...] = ()
+    """further checkpoints, whose policies share the steps evenly with the first one"""
     steps: int = 50_000
     """how many transitions to write"""
     seed: int = 0
@@ -202,6 +204,8 @@ def roll_out(
 
 def collect(args: Args) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays of the file, and attributes that say how they were made."""
+    if args.mix:
+        return collect_mix(args)
     if args.checkpoint.endswith(".npz"):
         env, policy, attributes = load_walker(args.checkpoint, args.env)
     elif args.env:
@@ -215,8 +219,27 @@ def collect(args: Args) -> tuple[dict[str, np.ndarray], dict]:
         script = importlib.import_module("iql_sera")
         attributes["mean_return"] = np.mean(returns)
         attributes["sd_return"] = np.std(returns)
-        attributes["mean_score"] = script.normalized_score(attributes["env"], np.mean(returns))
+        score = script.normalized_score(attributes["env"], np.mean(returns))
+        if score is not None:  # a task of one's own has none
+            attributes["mean_score"] = score
     return arrays, attributes
+
+
+def collect_mix(args: Args) -> tuple[dict[str, np.ndarray], dict]:
+    """The same from several policies, one after the other, each with the next seed."""
+    parts = []
+    attributes = {}
+    checkpoints = (args.checkpoint, *args.mix)
+    for number, checkpoint in enumerate(checkpoints):
+        first = number * args.steps // len(checkpoints)
+        last = (number + 1) * args.steps // len(checkpoints)
+        changes = {"checkpoint": checkpoint, "mix": (), "steps": last - first}
+        arrays, own = collect(replace(args, seed=args.seed + number, **changes))
+        if not arrays["terminals"][-1]:
+            arrays["timeouts"][-1] = True  # the next policy starts anew
+        parts.append(arrays)
+        attributes |= {f"{name}_{number + 1}": value for name, value in own.items()}
+    return {name: np.concatenate([part[name] for part in parts]) for name in TYPES}, attributes
 
 
 def check_args(args: Args) -> None:
