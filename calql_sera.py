@@ -152,13 +152,12 @@ class Args:
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 3_000, "online_steps": 1_500, "eval_every": 500},
     "pendulum-mini": {
-        "offline_steps": 5_000,
+        "offline_steps": 4_000,
         "online_steps": 5_000,
         "eval_every": 500,
         "actor_lr": 1e-3,
         "critic_lr": 1e-3,
         "hidden_dim": 64,
-        "cql_weight": 1.0,
         "cql_actions": 4,
     },
     "walker2d": {"sera_k": 20},

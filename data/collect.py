@@ -235,7 +235,8 @@ def collect_mix(args: Args) -> tuple[dict[str, np.ndarray], dict]:
         last = (number + 1) * args.steps // len(checkpoints)
         changes = {"checkpoint": checkpoint, "mix": (), "steps": last - first}
         arrays, own = collect(replace(args, seed=args.seed + number, **changes))
-        if not arrays["terminals"][-1]:
+        another_follows = number + 1 < len(checkpoints)
+        if another_follows and not arrays["terminals"][-1]:
             arrays["timeouts"][-1] = True  # the next policy starts anew
         parts.append(arrays)
         attributes |= {f"{name}_{number + 1}": value for name, value in own.items()}

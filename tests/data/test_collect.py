@@ -217,6 +217,32 @@ def test_mean_and_score(tmp_path):
     assert attributes["mean_score"] == pytest.approx(score, rel=1e-5)
 
 
+def test_mix(tmp_path):
+    """Two policies of a task of one's own share the steps; the first one's part ends as a timeout."""
+    options = [*("--env", "pendulum-mini", "--device", "cpu", "--hidden-dim", "8", "--sera-k", "5")]
+    options += ["--batch-size", "32", "--eval-episodes", "1", "--online-steps", "1"]
+    checkpoints = []
+    for steps in ("1", "2"):
+        folder = tmp_path / steps
+        script = importlib.import_module("td3bc_sera")
+        script.main([*options, "--offline-steps", steps, "--run-dir", str(folder)])
+        checkpoints.append(str(folder / "checkpoint.pt"))
+    output = str(tmp_path / "mix.hdf5")
+    collect.main([checkpoints[0], output, "--mix", checkpoints[1], "--steps", "421"])
+    arrays, attributes = read(output)
+    assert len(arrays["rewards"]) == 421
+    assert np.flatnonzero(arrays["timeouts"]).tolist() == [199, 209, 409]
+    assert not arrays["terminals"].any()
+    assert (attributes["seed_1"], attributes["seed_2"]) == (0, 1)
+    assert attributes["episodes_1"] == attributes["episodes_2"] == 1
+    assert "mean_score_1" not in attributes
+    alone = str(tmp_path / "alone.hdf5")
+    collect.main([checkpoints[1], alone, "--steps", "211", "--seed", "1"])
+    own, _ = read(alone)
+    np.testing.assert_array_equal(arrays["observations"][210:], own["observations"])
+    np.testing.assert_array_equal(arrays["actions"][210:], own["actions"])
+
+
 # ------------------------------ bad input
 def test_mazes_are_for_the_ant_alone(refuse, tmp_path):
     """A maze where none is needed, none where one is, weights of something else: one sentence."""
