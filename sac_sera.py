@@ -759,6 +759,13 @@ BUNDLED = {  # come with the repository
     "hopper-medium-mini": TASKS["hopper"]._replace(file="data/hopper-medium-mini.hdf5"),
     "pendulum-mini": Task("Pendulum-v1", 3, 1, horizon=200, file="data/pendulum-mini.hdf5"),
 }
+FAMILIES = {  # by how an id begins: the module in envs/ that registers them
+    "antmaze": "antmaze",
+    "pen": "adroit",
+    "door": "adroit",
+    "hammer": "adroit",
+    "relocate": "adroit",
+}
 UNSUPPORTED = ("kitchen", "maze2d", "minigrid", "flow", "carla", "bullet")  # families of D4RL's
 SERVER = "rail.eecs.berkeley.edu/datasets/offline_rl"
 # A copy at Hugging Face, where some files are cut off: hence the checksums and the other sources.
@@ -798,11 +805,11 @@ def find_task(dataset_id: str) -> Task:
     """
     if dataset_id in BUNDLED:
         return BUNDLED[dataset_id]
-    if dataset_id.startswith("antmaze-"):
-        antmaze = import_from_envs("antmaze", dataset_id)
-        if dataset_id in antmaze.DATASETS:
-            file, sha256 = antmaze.DATASETS[dataset_id]
-            return Task(dataset_id, 29, 8, 0.0, 1.0, file=file, sha256=sha256)
+    family = FAMILIES.get(dataset_id.partition("-")[0])
+    if family:
+        datasets = import_from_envs(family, dataset_id).DATASETS
+        if dataset_id in datasets:
+            return Task(dataset_id, **datasets[dataset_id])
     match = re.fullmatch(r"([a-z0-9]+)-(.+)-v([012])", dataset_id)
     known = match and match[1] in TASKS and match[2] in KINDS
     if not known or match[0].endswith("full-replay-v0"):
@@ -1328,21 +1335,30 @@ def act(run: "Run", observations: np.ndarray, deterministic: bool) -> np.ndarray
     return actions.cpu().numpy()
 
 
-def evaluate(policy, envs: list[gymnasium.Env], seeds) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (E,) and lengths (E,) of an episode in each environment; policy: (E, d) -> (E, a)."""
+def evaluate(
+    policy: Callable, envs: list[gymnasium.Env], seeds
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns, lengths and successes, each (E,), of an episode in each environment.
+
+    policy: (E, d) -> (E, a). A success is one at any step, by the environment's info["success"];
+    NaN where it tells nothing of the kind.
+    """
     observations = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
     returns = np.zeros(len(envs))
     lengths = np.zeros(len(envs), dtype=int)
+    successes = np.full(len(envs), np.nan)
     running = list(range(len(envs)))
     while running:
         actions = policy(observations)
         for i in running.copy():
             observations[i], _, terminated, truncated, info = envs[i].step(actions[i])
+            if "success" in info:
+                successes[i] = np.fmax(successes[i], info["success"])
             if terminated or truncated:
                 returns[i] = info["episode"]["r"]
                 lengths[i] = info["episode"]["l"]
                 running.remove(i)
-    return returns, lengths
+    return returns, lengths, successes
 
 
 def run_evaluation(run: "Run", args: Args) -> None:
@@ -1354,7 +1370,7 @@ def run_evaluation(run: "Run", args: Args) -> None:
         run.eval_envs[0].set_wrapper_attr("episode_id", -1)  # the name ends in it, from 0
 
     policy = functools.partial(act, run, deterministic=True)
-    returns, lengths = evaluate(policy, run.eval_envs, seeds)
+    returns, lengths, successes = evaluate(policy, run.eval_envs, seeds)
     if args.capture_video:
         run.eval_envs[0].get_wrapper_attr("stop_recording")()
     for episode, (value, length) in enumerate(zip(returns.tolist(), lengths.tolist())):
@@ -1368,6 +1384,8 @@ def run_evaluation(run: "Run", args: Args) -> None:
     step = run.total_step(args)
     run.writer.add_scalar("eval/return", returns.mean(), step)
     run.writer.add_scalar("eval/length", lengths.mean(), step)
+    if not np.isnan(successes).any():
+        run.writer.add_scalar("eval/success", successes.mean(), step)
     scores = normalized_score(args.env, returns)
     if scores is not None:
         run.writer.add_scalar("eval/normalized_score", scores.mean(), step)
@@ -1657,7 +1675,7 @@ def check_args(args: Args) -> None:
             least = 0 if name.endswith(("_steps", "seed", "_starts", "_pool")) else 1
             if value < least:
                 raise ValueError(f"{flag} is {value}: give a whole number of at least {least}")
-        elif name in ("gamma", "tau", "mixing_ratio") and not 0 <= value <= 1:
+        elif name in ("gamma", "tau", "mixing_ratio", "actor_dropout") and not 0 <= value <= 1:
             raise ValueError(f"{flag} is {value}: give a number from 0 to 1")
         elif name.endswith("_lr") and not 0 <= value < math.inf:
             raise ValueError(f"{flag} is {value}: give a finite number of at least 0")

@@ -160,8 +160,8 @@ CHECKSUMS = {  # SHA-256 of D4RL's files, the first 16 digits
 }
 
 
-def register_environments() -> dict[str, tuple[str, str | None]]:
-    """Register D4RL's ids; gives the file of each one's data on D4RL's server, and its checksum."""
+def register_environments() -> dict[str, dict]:
+    """Register D4RL's ids; gives what the scripts' class Task has of each one."""
     datasets = {}
     for kind in KINDS:
         maze = kind.split("-")[0]
@@ -172,7 +172,14 @@ def register_environments() -> dict[str, tuple[str, str | None]]:
         files = {"v0": f"ant_maze_new/{name}.hdf5", "v2": f"ant_maze_v2/{name}_fixed.hdf5"}
         for version, file in files.items():
             dataset_id = f"antmaze-{kind}-{version}"
-            datasets[dataset_id] = file, CHECKSUMS.get(dataset_id)
+            datasets[dataset_id] = {
+                "observation_dim": 29,
+                "action_dim": 8,
+                "random_return": 0.0,  # so that the score is the share of successes
+                "expert_return": 1.0,
+                "file": file,
+                "sha256": CHECKSUMS.get(dataset_id),
+            }
             gymnasium.register(
                 dataset_id,
                 AntMazeEnv,
@@ -182,4 +189,4 @@ def register_environments() -> dict[str, tuple[str, str | None]]:
     return datasets
 
 
-DATASETS = register_environments()  # D4RL's ids; the files of their data, below its address
+DATASETS = register_environments()  # by D4RL's ids

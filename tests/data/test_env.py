@@ -326,7 +326,7 @@ def test_evaluate():
         return observations[:, :1]  # each environment's seed as its action
 
     envs = [Countdown(2), Countdown(4, truncates=True), Countdown(1)]
-    returns, lengths = calql_sera.evaluate(policy, envs, [7, 3, 5])
+    returns, lengths, _ = calql_sera.evaluate(policy, envs, [7, 3, 5])
     assert returns.tolist() == [2 * 7 + 300, 4 * 3 + 1000, 5 + 100]
     assert lengths.tolist() == [2, 4, 1]
     assert len(seen) == 4
@@ -342,7 +342,7 @@ def test_evaluate_twice():
     envs = [Countdown(3), Countdown(2)]
 
     def returns(seeds):
-        result, _ = calql_sera.evaluate(lambda observations: observations[:, :1], envs, seeds)
+        result, _, _ = calql_sera.evaluate(lambda observations: observations[:, :1], envs, seeds)
         return result.tolist()
 
     assert returns([1, 2]) == [603, 304]
@@ -358,7 +358,7 @@ def test_evaluate_real_environments():
 
     seeds = [1, 2, 3]
     envs = [calql_sera.make_env(HOPPER) for _ in seeds]
-    returns, lengths = calql_sera.evaluate(policy, envs, seeds)
+    returns, lengths, _ = calql_sera.evaluate(policy, envs, seeds)
     for number, seed in enumerate(seeds):
         alone = calql_sera.evaluate(policy, [calql_sera.make_env(HOPPER)], [seed])
         assert returns[number] == alone[0]
