@@ -487,3 +487,34 @@ def test_rewards_of_a_run(options, scale, train):
     score = 100 * (12.5 + 20.272305) / (3234.3 + 20.272305)
     assert [float(row["return"]) for row in rows] == [12.5] * 6  # two episodes at 4, 0 and 40
     assert [float(row["normalized_score"]) for row in rows] == pytest.approx([score] * 6)
+
+
+# ------------------------------ dropout
+def test_dropout_is_for_learning_alone():
+    """Acting has none. In the loss a share of the hidden units is left out and the rest scaled."""
+    agent, _, _ = make_agent(actor_dropout=0.25, hidden_dim=4000)
+    observations = torch.zeros(1, 4)
+    with torch.no_grad():
+        for layer in (agent.actor.layers[0], agent.actor.layers[2]):
+            layer.weight.zero_()
+            layer.bias.fill_(1.0)  # every hidden unit is 1
+        agent.actor.layers[4].weight.fill_(1e-4)
+        agent.actor.layers[4].bias.zero_()
+    exact = agent.act(observations, deterministic=True)
+    assert torch.equal(exact, agent.actor(observations).mean)
+    assert exact[0, 0].item() == pytest.approx(math.tanh(0.4), rel=1e-5)
+    torch.manual_seed(0)
+    means = torch.stack([agent.actor(observations, learning=True).mean for _ in range(20)])
+    sums = torch.atanh(means) / 1e-4  # of 4000 units that are 0, or 4/3
+    assert sums.mean().item() == pytest.approx(4000, abs=20)
+    kept = sums / (4 / 3) / 4000
+    assert (kept - 0.75).abs().max() < 0.03
+    assert len(set(sums.flatten().tolist())) > 10
+
+
+def test_no_dropout_draws_nothing():
+    """By default the policy's loss leaves the random numbers as they were."""
+    agent, _, _ = make_agent()
+    state = torch.get_rng_state()
+    agent.actor(torch.ones(3, 4), learning=True)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -218,7 +218,7 @@ def test_mean_and_score(tmp_path):
 
 
 def test_mix(tmp_path):
-    """Two policies of a task of one's own share the steps; the first one's part ends as a timeout."""
+    """Two policies of one's own task share the steps; the first part ends as a timeout."""
     options = [*("--env", "pendulum-mini", "--device", "cpu", "--hidden-dim", "8", "--sera-k", "5")]
     options += ["--batch-size", "32", "--eval-episodes", "1", "--online-steps", "1"]
     checkpoints = []
