@@ -10,6 +10,8 @@ import pytest
 
 # The networks here are tiny: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test asks the network for D4RL's data: nothing listens there.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:1"
 # Started in the background or by nohup, pytest would hand ignored signals on to the runs it tests.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:

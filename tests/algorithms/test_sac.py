@@ -257,7 +257,7 @@ def train(tmp_path, monkeypatch):
     and, of every update, the numbers of rows asked for, the online rows there were, the rewards.
     """
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "nowhere"))
-    monkeypatch.setattr(sac_sera, "SERVER", "http://127.0.0.1:1")
+    monkeypatch.setattr(sac_sera, "SERVER", "127.0.0.1:1")
     original_train, sample = sac_sera.train, sac_sera.ReplayBuffer.sample
 
     def run(*options):

@@ -1,10 +1,11 @@
-"""Reading D4RL files: what is kept of them, where they are found, names, scores, return ranges."""
+"""Reading D4RL files: what is kept of them, names, addresses, scores, return ranges.
 
-import http.server
+Finding and fetching them: test_download.py. Files that contradict themselves: test_trajectories.py.
+"""
+
 import os
 import re
 import sys
-import threading
 
 import corrupt
 import h5py
@@ -79,9 +80,8 @@ def assert_equal_to_package(d4rl, env, path):
 
 
 def url(dataset_id):
-    """The address that a dataset would be downloaded from."""
-    server_path = calql_sera.find_task(dataset_id).file
-    return f"{calql_sera.SERVER}/{server_path}"
+    """The last address that a dataset would be downloaded from: D4RL's own."""
+    return f"http://{calql_sera.SERVER}/{calql_sera.find_task(dataset_id).file}"
 
 
 @pytest.fixture(scope="module")
@@ -90,43 +90,6 @@ def d4rl():
     os.environ["D4RL_SUPPRESS_IMPORT_ERROR"] = "1"
     reason = "the d4rl package is not installed"
     return pytest.importorskip("d4rl", reason=reason, exc_type=ImportError)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty folder in D4RL_DATASET_DIR."""
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A web server in place of D4RL's: sends its answer (status, headers, body), notes paths."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            status, headers, body = self.server.answer
-            self.server.paths.append(self.path)
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.paths = []
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        monkeypatch.setenv("no_proxy", "*")
-        address = f"http://127.0.0.1:{server.server_port}/base"
-        monkeypatch.setattr(calql_sera, "SERVER", address)
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 # ------------------------------ what is kept
@@ -321,49 +284,58 @@ def test_reference_scores(d4rl):
 )
 def test_tasks_and_files(env, env_id, file):
     """A few environments, and files on the server or in the repository."""
-    task, server_path = calql_sera.find_task(env)
+    task = calql_sera.find_task(env)
     assert task.env_id == env_id
-    assert server_path == file
+    assert task.file == file
+    assert task.horizon == 1000
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        "hopper-medum-v2",
-        "hopper-medium",
-        "hopper-medium-v3",
-        "hopper-v2",
-        "Hopper-medium-v2",
-        "hopper-medium-v2 ",
-        "hopper-medium-v2\n",
-        "swimmer-medium-v2",
-        "ant-random-expert-v0",
-        "pen-human-v1",
-        "kitchen-mixed-v0",
-        "maze2d-umaze-v1",
-        "antmaze-umaze-v1",
-        "antmaze",
-        "",
-    ],
-)
+# Unknown ids, and what each is told to try.
+UNKNOWN = {
+    "hopper-medum-v2": "did you mean hopper-medium-v2?",
+    "hopper-medium": "did you mean hopper-medium-v2?",
+    "hopper-medium-v3": "did you mean hopper-medium-v2?",
+    "hopper-full-replay-v0": "did you mean hopper-full-replay-v2?",
+    "Hopper-medium-v2": "did you mean hopper-medium-v2?",
+    "hopper-medium-v2 ": "did you mean hopper-medium-v2?",
+    "hopper-medium-v2\n": "did you mean hopper-medium-v2?",
+    "halfcheeta-medium-reply-v1": "did you mean halfcheetah-medium-replay-v2?",
+    "antmaze-umaze-v1": "did you mean antmaze-umaze-v2?",
+    "antmaze-large-pley-v2": "did you mean antmaze-large-play-v2?",
+    "zzz": "give one such as hopper-medium-v2",
+    "": "give one such as hopper-medium-v2",
+}
+
+
+@pytest.mark.parametrize("env", UNKNOWN)
 def test_unknown_ids(env):
-    """One sentence with the id, what is supported, and an example that is in fact known."""
+    """One sentence with the id, and the nearest id or an example, which is in fact known."""
     with pytest.raises(ValueError) as caught:
         calql_sera.find_task(env)
     message = str(caught.value)
-    assert message.startswith(f"--env {env} is no dataset of Gym-MuJoCo or AntMaze")
-    assert "Adroit, kitchen and maze2d are not supported" in message
-    example = re.search(r"such as (\S+)$", message)[1]
+    start = f"--env {env} is no dataset of D4RL's, and Gymnasium cannot make it ("
+    assert message.startswith(start)
+    assert message.endswith(f"): {UNKNOWN[env]}")
+    example = re.search(r"(?:such as|you mean) ([^?\s]+)\??$", message)[1]
     assert calql_sera.find_task(example)
+
+
+@pytest.mark.parametrize("family", ["kitchen", "maze2d", "minigrid", "flow", "carla", "bullet"])
+def test_unsupported_families(family):
+    """D4RL's other families are named as such, even if some package has such an environment."""
+    with pytest.raises(ValueError) as caught:
+        calql_sera.find_task(f"{family}-mixed-v0")
+    message = f"--env {family}-mixed-v0: {family} of D4RL is not supported: give another task"
+    assert str(caught.value) == message
 
 
 def test_antmaze_without_its_environment(monkeypatch):
     """The file that is missing is named, and Gym-MuJoCo goes on without it."""
-    monkeypatch.setitem(sys.modules, "envs", None)  # so that importing it fails
+    for name in ("envs", "envs.antmaze"):  # so that importing it fails
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError) as caught:
         calql_sera.find_task("antmaze-umaze-v2")
-    expected = "--env antmaze-umaze-v2 needs the file envs/antmaze.py beside the script"
-    assert str(caught.value) == expected
+    assert str(caught.value).startswith("--env antmaze-umaze-v2 needs envs/antmaze.py (")
     assert calql_sera.find_task(ENV)
 
 
@@ -418,132 +390,3 @@ def test_normalize_rewards(script, tmp_path):
         np.testing.assert_allclose(stored, scale * rewards + 2, rtol=1e-6)
     from_scratch = script.ReplayBuffer(None, args, torch.device("cpu"))
     assert from_scratch.reward_scale == 3  # no dataset, so no range
-
-
-# ------------------------------ finding files
-def test_dataset_path_wins(cache, tmp_path, server):
-    """--dataset-path comes before the cache, before a bundled file and before the network."""
-    (cache / FILE).touch()
-    mine = tmp_path / "mine.hdf5"
-    mine.touch()
-    assert calql_sera.fetch_dataset(ENV, str(mine)) == mine
-    assert calql_sera.fetch_dataset("hopper-medium-mini", str(mine)) == mine
-    assert server.paths == []
-
-
-def test_v0_medium_replay_by_path(cache, tmp_path, server):
-    """D4RL's file has a name by no formula, "mixed": it loads with --dataset-path."""
-    mixed = corrupt.write(tmp_path / "hopper_mixed.hdf5", hand_made())
-    found = calql_sera.fetch_dataset("hopper-medium-replay-v0", str(mixed))
-    assert found == mixed
-    assert len(calql_sera.load_d4rl("hopper-medium-replay-v0", found)["rewards"]) == len(KEPT)
-    assert server.paths == []
-
-
-def test_bundled_file(cache, tmp_path, monkeypatch, server):
-    """The mini set comes from data/ beside the script, else from the cache, from no server."""
-    monkeypatch.setattr(calql_sera, "__file__", str(tmp_path / "calql_sera.py"))
-    bundled = tmp_path.resolve() / "data" / "hopper-medium-mini.hdf5"
-    cached = cache / "hopper-medium-mini.hdf5"
-    with pytest.raises(FileNotFoundError, match=re.escape(str(cached)) + ".*--dataset-path"):
-        calql_sera.fetch_dataset("hopper-medium-mini")
-    for path in (cached, bundled):
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-        assert calql_sera.fetch_dataset("hopper-medium-mini") == path
-    assert server.paths == []
-
-
-def test_cache_folder(cache, server):
-    """A file in D4RL_DATASET_DIR is found under D4RL's own name, without the network."""
-    for env, name in ((ENV, FILE), ("walker2d-expert-v0", "walker2d_expert.hdf5")):
-        (cache / name).touch()
-        assert calql_sera.fetch_dataset(env) == cache / name
-    assert server.paths == []
-
-
-def test_default_cache_folder(tmp_path, monkeypatch, server):
-    """Without D4RL_DATASET_DIR, old downloads are found in ~/.d4rl/datasets."""
-    monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    folder = tmp_path / ".d4rl" / "datasets"
-    folder.mkdir(parents=True)
-    (folder / FILE).touch()
-    assert calql_sera.fetch_dataset(ENV) == folder / FILE
-    assert server.paths == []
-
-
-def test_missing_dataset_path(cache, tmp_path):
-    """A --dataset-path that is not there, or a folder, is named, whatever the cache holds."""
-    (cache / FILE).touch()
-    for path in (tmp_path / "nowhere.hdf5", tmp_path):
-        with pytest.raises(FileNotFoundError, match=re.escape(str(path)) + ".*--dataset-path"):
-            calql_sera.fetch_dataset(ENV, str(path))
-
-
-def test_download(cache, tmp_path, server):
-    """A download ends under its final name in the cache, made if need be, once and for all."""
-    cache.rmdir()
-    body = corrupt.write(tmp_path / "x.hdf5", hand_made()).read_bytes()
-    server.answer = 200, {"Content-Length": len(body)}, body
-    path = calql_sera.fetch_dataset(ENV)
-    assert path == cache / FILE
-    assert server.paths == [f"/base/gym_mujoco_v2/{FILE}"]
-    assert [file.name for file in cache.iterdir()] == [FILE]
-    assert path.read_bytes() == body
-    assert len(calql_sera.load_d4rl(ENV, path)["rewards"]) == len(KEPT)
-    assert calql_sera.fetch_dataset(ENV) == path
-    assert len(server.paths) == 1
-
-
-@pytest.mark.parametrize("failure", ["403", "404", "cut", "cut chunk", "empty", "page"])
-def test_failed_download(failure, cache, tmp_path, server):
-    """A refusal, a body cut short, a page: an error with all one needs, and no data file."""
-    body = corrupt.write(tmp_path / "x.hdf5", hand_made()).read_bytes()
-    half = body[: len(body) // 2]
-    chunk = b"%x\r\n%s" % (len(body), half)
-    server.answer = {
-        "403": (403, {}, b"Forbidden"),
-        "404": (404, {}, b"Not found"),
-        "cut": (200, {"Content-Length": len(body)}, half),
-        "cut chunk": (200, {"Transfer-Encoding": "chunked"}, chunk),
-        "empty": (200, {"Content-Length": 0}, b""),
-        "page": (200, {"Content-Type": "text/html"}, b"<html>Back soon</html>"),
-    }[failure]
-    with pytest.raises(FileNotFoundError) as caught:
-        calql_sera.fetch_dataset(ENV)
-    message = str(caught.value)
-    address = f"{calql_sera.SERVER}/gym_mujoco_v2/{FILE}"
-    for part in (ENV, address, FILE, str(cache), "huggingface.co", "--dataset-path"):
-        assert part in message
-    assert "\n" not in message
-    assert failure in message or not failure.isdigit()  # the status
-    assert not (cache / FILE).exists()
-
-
-def test_download_after_a_failure(cache, tmp_path, server):
-    """What a failed download leaves behind does not stand in the way of the next."""
-    body = corrupt.write(tmp_path / "x.hdf5", hand_made()).read_bytes()
-    server.answer = 200, {"Content-Length": len(body)}, body[:100]
-    with pytest.raises(FileNotFoundError):
-        calql_sera.fetch_dataset(ENV)
-    server.answer = 200, {"Content-Length": len(body)}, body
-    assert calql_sera.fetch_dataset(ENV).read_bytes() == body
-
-
-def test_download_without_a_server(cache, monkeypatch):
-    """No connection at all gives the same error."""
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(calql_sera, "SERVER", "http://127.0.0.1:1")
-    with pytest.raises(FileNotFoundError, match=re.escape(str(cache))):
-        calql_sera.fetch_dataset(ENV)
-    assert list(cache.iterdir()) == []
-
-
-def test_download_into_an_impossible_folder(tmp_path, monkeypatch, server):
-    """A cache folder that cannot be made is named, with the way out."""
-    folder = tmp_path / "file" / "cache"
-    folder.parent.touch()
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(folder))
-    with pytest.raises(FileNotFoundError, match=re.escape(str(folder)) + ".*--dataset-path"):
-        calql_sera.fetch_dataset(ENV)

@@ -112,16 +112,15 @@ def test_good_input_is_not_refused(trained, good, tmp_path):
 def test_unknown_env(env, refuse, good):
     """An unknown id is named, with a known one, even if a file is given."""
     message = refuse("--env", env, "--dataset-path", good)
-    assert_names(message, f"--env {env} ", "walker2d-medium-replay-v2")
+    assert_names(message, f"--env {env} is no dataset of D4RL's")
+    assert re.search(r": did you mean (hopper|walker2d)-\w+(-\w+)?-v2\?$|Hopper-v5\?$", message)
 
 
-@pytest.mark.parametrize(
-    "env", ["pen-human-v1", "kitchen-mixed-v0", "maze2d-umaze-v1", "antmaze-umaze-v1"]
-)
-def test_unsupported_env(env, refuse):
+@pytest.mark.parametrize("family", ["kitchen", "maze2d", "minigrid", "flow", "carla", "bullet"])
+def test_unsupported_env(family, refuse):
     """D4RL's other families are not supported, and are named."""
-    families = ("Gym-MuJoCo or AntMaze", "Adroit, kitchen and maze2d are not supported")
-    assert_names(refuse("--env", env), f"--env {env} ", *families, "walker2d-medium")
+    message = refuse("--env", f"{family}-mixed-v0")
+    assert_names(message, f"--env {family}-mixed-v0: {family} of D4RL is not supported")
 
 
 # ------------------------------ data files
@@ -150,8 +149,8 @@ BROKEN = {
     "flags of 2": (columns() | {"terminals": np.full(30, 2)}, ["terminals", "0 and 1"]),
     "NaN terminal": (columns() | {"terminals": np.full(30, np.nan)}, ["terminals", "0 and 1"]),
     "beyond float32": (columns() | {"rewards": np.full(30, 1e39)}, ["rewards", "infinity"]),
-    "actions beyond 1": (with_value("actions", 1.5), ["actions", "1.5", "[-1, 1]"]),
-    "actions beyond -1": (with_value("actions", -2.5), ["actions", "2.5", "[-1, 1]"]),
+    "actions beyond 1": (with_value("actions", 1.5), ["actions up to 1.5", "--clip-actions"]),
+    "actions beyond -1": (with_value("actions", -2.5), ["actions up to 2.5", "--clip-actions"]),
     "all timeouts": (columns() | {"timeouts": np.ones(30, dtype=bool)}, ["0 transitions"]),
 }
 
@@ -183,21 +182,30 @@ def test_unreadable_file(case, refuse, good):
 
 
 def test_missing_file(refuse, tmp_path):
-    """A --dataset-path that does not exist, or is a folder."""
-    for path in (tmp_path / "nowhere.hdf5", tmp_path):
-        assert_names(refuse("--dataset-path", path), path, "--dataset-path")
+    """A --dataset-path that does not exist, or is a folder, as other libraries have it."""
+    path = tmp_path / "nowhere.hdf5"
+    assert_names(refuse("--dataset-path", path), path, "--dataset-path")
+    assert_names(refuse("--dataset-path", tmp_path), f"{tmp_path} is a folder", "data/convert.py")
 
 
-def test_download_fails(refuse, tmp_path, monkeypatch):
-    """No file anywhere and no server: what was tried, where to put the file, how to name one."""
+def test_download_fails(trained, tmp_path, monkeypatch, capsys):
+    """No file and no server: all that was tried, where to put the file, how to name one."""
     cache = tmp_path / "cache"
     cache.mkdir()
     monkeypatch.setenv("D4RL_DATASET_DIR", str(cache))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(calql_sera, "SERVER", "http://127.0.0.1:1")
-    message = refuse("--env", "walker2d-medium-v2")
-    url = "http://127.0.0.1:1/gym_mujoco_v2/walker2d_medium-v2.hdf5"
-    assert_names(message, "walker2d-medium-v2", url, cache, "huggingface", "--dataset-path")
+    monkeypatch.setattr(calql_sera, "SERVER", "127.0.0.1:1")
+    with pytest.raises(SystemExit) as caught:
+        calql_sera.main([*OPTIONS, "--env", "walker2d-medium-v2"])
+    assert caught.value.code == 2
+    assert trained == []
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    name = "walker2d_medium-v2.hdf5"
+    urls = [f"{scheme}://127.0.0.1:1/gym_mujoco_v2/{name}: " for scheme in ("https", "http")]
+    mirror = f"http://127.0.0.1:1/{calql_sera.MIRROR}/{name}: "
+    assert_names(message, mirror, *urls, cache, "--dataset-path")
+    assert {path.name for path in cache.iterdir()} <= {f"{name}.lock"}
 
 
 # ------------------------------ options
@@ -468,5 +476,5 @@ def test_refusal_from_outside(tmp_path):
     assert result.returncode == 2
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
-    assert "hopper-medum-v2" in result.stderr and "walker2d-medium-replay-v2" in result.stderr
+    assert "hopper-medum-v2" in result.stderr and "did you mean hopper-medium-v2?" in result.stderr
     assert list(tmp_path.iterdir()) == []

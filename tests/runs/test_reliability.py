@@ -129,8 +129,14 @@ def offline(tmp_path_factory):
 
 
 # ------------------------------ signals
+def acknowledgement(number: str) -> str:
+    """What a run says when a signal has come."""
+    return f"{number}: a checkpoint follows at the end of the episode"
+
+
 @pytest.mark.parametrize(
-    ("number", "count"), [("SIGTERM", 30), ("SIGINT", 60 + 70), ("SIGHUP", 60 + 50)]
+    ("number", "count"),
+    [("SIGTERM", 30), ("SIGINT", 60 + 70), ("SIGHUP", 60 + 50), ("SIGUSR1", 60 + 30)],
 )
 def test_signals(number, count, alone, tmp_path):
     """Asked to end, a run writes a checkpoint, says how to go on, and loses nothing."""
@@ -138,6 +144,7 @@ def test_signals(number, count, alone, tmp_path):
     done = run_and_do(run_dir, count, f"os.kill(os.getpid(), signal.{number})")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+    assert acknowledgement(number) in done.stdout.splitlines()
     assert last_line(done.stderr) == f"{number}: go on with --run-dir {run_dir} --resume"
     if count < 60:
         assert position(run_dir) == ("offline", count)
@@ -149,6 +156,17 @@ def test_signals(number, count, alone, tmp_path):
     assert kill_points.compare(alone, run_dir) == []
 
 
+def test_signals_are_acknowledged_at_once(tmp_path):
+    """Ctrl-C in an evaluation: its name and what follows, before anything else is done."""
+    action = "os.kill(os.getpid(), signal.SIGINT); print('then this', flush=True)"
+    command = at_call(tmp_path / "run", "evaluate", 1, action)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[lines.index(acknowledgement("SIGINT")) + 1] == "then this"
+    assert last_line(done.stderr).startswith("SIGINT: go on with --run-dir")
+
+
 def test_nohup(tmp_path):
     """A signal that the program was started to ignore stays ignored."""
     done = run_and_do(tmp_path / "run", 30, "os.kill(os.getpid(), signal.SIGHUP)", "nohup")
@@ -158,7 +176,7 @@ def test_nohup(tmp_path):
 
 def test_signals_belong_to_the_program(tmp_path):
     """Called from other code, main leaves that code's handlers alone."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     steps = ["--offline-steps", "1", "--online-steps", "0"]
     kill_points.run("sac_sera", tmp_path / "run", *steps)
@@ -413,6 +431,21 @@ def test_one_command_goes_on(alone, tmp_path):
     assert kill_points.compare(alone, tmp_path / "run") == []
 
 
+def test_requeued_by_a_cluster(alone, tmp_path, capsys):
+    """One command starts a run, goes on after SIGUSR1 as often as that comes, and then rests."""
+    for count in (40, 60):
+        command = at_call(
+            tmp_path / "run", "update", count, "os.kill(os.getpid(), signal.SIGUSR1)", "--resume"
+        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+    assert position(tmp_path / "run")[0] == "online"
+    for _ in range(2):
+        kill_points.run("sac_sera", tmp_path / "run", "--resume")
+        assert "final score" in capsys.readouterr().out
+        assert kill_points.compare(alone, tmp_path / "run") == []
+
+
 def test_resume_without_a_folder(script, tmp_path, monkeypatch, capsys):
     """--resume alone is refused, with the argument that it needs; no run is made up."""
     monkeypatch.chdir(tmp_path)
@@ -478,7 +511,8 @@ ALWAYS |= {"compile", "checkpoint_every", "log_every", "track", "wandb_project",
 ALWAYS |= {"capture_video"}
 # What the offline phase does not see.
 ONLINE_ONLY = {"sera_coef", "sera_k", "sera_pool", "sera_bonus", "sera_critic", "sera_scale"}
-ONLINE_ONLY |= {"updates_per_step"}
+ONLINE_ONLY |= {"updates_per_step", "online_sampling", "mixing_ratio"}
+ONLINE_ONLY |= {"bc_online", "bc_anneal_steps"}  # of one script
 
 
 def changed(value):
@@ -505,11 +539,12 @@ def test_which_arguments_may_change(script, phase):
             assert f"--{name.replace('_', '-')} {value}:" in str(error)
     allowed = ALWAYS | {"online_steps"}
     if phase == "offline":
-        allowed |= ONLINE_ONLY
+        allowed |= ONLINE_ONLY | {"offline_steps"}
     assert refused == set(saved["args"]) - allowed
-    fewer = dataclasses.replace(args, online_steps=args.online_steps - 1)
-    with pytest.raises(ValueError, match="--online-steps"):
-        script.check_resumed_args(fewer, saved)
+    for name in ("online_steps", "offline_steps"):
+        fewer = dataclasses.replace(args, **{name: getattr(args, name) - 1})
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
+            script.check_resumed_args(fewer, saved)
 
 
 def test_allowed_names_are_whole_names(script):
@@ -524,16 +559,49 @@ def test_allowed_names_are_whole_names(script):
 
 @pytest.mark.parametrize("critic", ["offline", "current", "random"])
 def test_shared_offline_phase(script, critic, tmp_path):
-    """A copy of an offline phase takes any --sera-*, and ends as if it had had it all along."""
+    """A copy of an offline phase takes any --sera-*, and ends as if it had had it all along.
+
+    IQL's policy rate is what it is before an online phase.
+    """
     name = script.__name__
     sera = ["--sera-critic", critic, "--sera-coef", "0.5", "--sera-k", "2"]
     steps = ["--offline-steps", "30", "--online-steps", "40"]
+    if name == "iql_sera":
+        steps += ["--actor-lr-schedule", "constant"]
     kill_points.run(name, tmp_path / "whole", *steps, *sera)
     kill_points.run(name, tmp_path / "offline", *steps, "--online-steps", "0")
     (tmp_path / "online").mkdir()
     shutil.copy(tmp_path / "offline" / "checkpoint.pt", tmp_path / "online")
     call(name, "--run-dir", tmp_path / "online", "--resume", "--online-steps", "40", *sera)
     assert kill_points.compare(tmp_path / "whole", tmp_path / "online") == []
+
+
+def test_longer_offline_phase(script, tmp_path):
+    """A run of the offline phase alone goes on with more steps, as if it had had them all along.
+
+    IQL's policy rate is constant here: on a cosine it depends on the number of steps.
+    """
+    name = script.__name__
+    options = ["--eval-every", "20", "--checkpoint-every", "20"]
+    if name == "iql_sera":
+        options += ["--actor-lr-schedule", "constant"]
+    steps = ["--offline-steps", "40", "--online-steps", "20"]
+    kill_points.run(name, tmp_path / "whole", *options, *steps)
+    steps = ["--offline-steps", "20", "--online-steps", "0"]
+    kill_points.run(name, tmp_path / "run", *options, *steps)
+    call(name, "--run-dir", tmp_path / "run", "--resume", "--offline-steps", "40")
+    assert position(tmp_path / "run") == ("offline", 40)
+    call(name, "--run-dir", tmp_path / "run", "--resume", "--online-steps", "20")
+    assert kill_points.compare(tmp_path / "whole", tmp_path / "run") == []
+
+
+def test_offline_phase_that_is_over(alone, offline, tmp_path, capsys):
+    """It gets no longer once the online phase has begun, and never shorter."""
+    for start, steps in ((alone, "61"), (alone, "59"), (offline, "59")):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(start, tmp_path / "run")
+        options = ["--run-dir", tmp_path / "run", "--resume", "--offline-steps", steps]
+        assert "--offline-steps 60" in refusal("sac_sera", capsys, *options)
 
 
 def test_other_data(offline, tmp_path, capsys):
