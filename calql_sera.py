@@ -934,8 +934,11 @@ def import_from_envs(name: str, dataset_id: str):
     """A module of envs/, which registers its environments. ValueError where it is not there."""
     try:
         return importlib.import_module(f"envs.{name}")
-    except ImportError as error:
-        raise ValueError(f"--env {dataset_id} needs envs/{name}.py ({error})") from None
+    except ImportError:
+        fix = f"needs the file envs/{name}.py beside the script"
+        raise ValueError(f"--env {dataset_id} {fix}") from None
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ValueError(f"--env {dataset_id}: {error}") from None
 
 
 @functools.cache

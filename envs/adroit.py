@@ -270,26 +270,65 @@ class RelocateEnv(AdroitEnv):
 
 ENVIRONMENTS = {"pen": PenEnv, "door": DoorEnv, "hammer": HammerEnv, "relocate": RelocateEnv}
 BINARY = ("pen-binary-v0", "door-binary-v0", "relocate-binary-v0")  # for which D4RL has no data
+CHECKSUMS = {  # SHA-256 of D4RL's files, the first 16 digits; of relocate most are not known
+    "pen-human-v0": "64103c05d3b33b4c",
+    "pen-cloned-v0": "f881ab4b03c0b8e0",
+    "pen-expert-v0": "0ad80bc6d5e655d0",
+    "pen-human-v1": "209e345b2150b633",
+    "pen-cloned-v1": "6d1a982cee195050",
+    "pen-expert-v1": "3791b8ca6a802061",
+    "door-human-v0": "9df6345e28fcec8f",
+    "door-cloned-v0": "829cd0cd312ac3b0",
+    "door-expert-v0": "a6e6c29985cac509",
+    "door-human-v1": "f9691288c3ddf2b4",
+    "door-cloned-v1": "1f6a60ecc4d2a2e5",
+    "door-expert-v1": "66df4cd4e0a1e0b7",
+    "hammer-human-v0": "96bbad3484598280",
+    "hammer-cloned-v0": "a645a67b7bc2a793",
+    "hammer-expert-v0": "1e51edf95b007a12",
+    "hammer-human-v1": "3e42f3f49b5c92a9",
+    "hammer-cloned-v1": "e48d75b159bdd72f",
+    "hammer-expert-v1": "1c069a0f6e485249",
+    "relocate-cloned-v1": "8baf2b7f0a7e44e6",
+}
 
 
-def register_environments() -> dict[str, str]:
-    """Register all ids with Gymnasium; gives the file of each D4RL id's data on its server."""
+def files_of(task: str) -> dict[str, str]:
+    """D4RL's ids of a task, each with its file on D4RL's server."""
+    files = {
+        f"{task}-human-v0": f"hand_dapg/{task}-v0_demos_clipped.hdf5",
+        f"{task}-cloned-v0": f"hand_dapg/{task}-demos-v0-bc-combined.hdf5",
+        f"{task}-expert-v0": f"hand_dapg/{task}-v0_expert_clipped.hdf5",
+    }
+    for kind in ("human", "cloned", "expert"):
+        files[f"{task}-{kind}-v1"] = f"hand_dapg_v1/{task}-{kind}-v1.hdf5"
+    return files
+
+
+def register_environments() -> dict[str, dict]:
+    """Register all ids; gives what the scripts' class Task has of each one.
+
+    No horizon, as human demonstrations are longer than an episode, and no scores for the binary
+    tasks.
+    """
     datasets = {}
-    for task in TASKS:
-        datasets[f"{task}-human-v0"] = f"hand_dapg/{task}-v0_demos_clipped.hdf5"
-        datasets[f"{task}-cloned-v0"] = f"hand_dapg/{task}-demos-v0-bc-combined.hdf5"
-        datasets[f"{task}-expert-v0"] = f"hand_dapg/{task}-v0_expert_clipped.hdf5"
-        for kind in ("human", "cloned", "expert"):
-            datasets[f"{task}-{kind}-v1"] = f"hand_dapg_v1/{task}-{kind}-v1.hdf5"
-    for env_id in (*datasets, *BINARY):
-        task = env_id.split("-")[0]
+    for name, task in TASKS.items():
+        sizes = {"observation_dim": task.observation_dim, "action_dim": task.action_dim}
+        scores = {"random_return": task.random_return, "expert_return": task.expert_return}
+        for env_id, file in files_of(name).items():
+            more = {"file": file, "sha256": CHECKSUMS.get(env_id)}
+            datasets[env_id] = sizes | scores | more
+        if f"{name}-binary-v0" in BINARY:
+            datasets[f"{name}-binary-v0"] = sizes
+    for env_id in datasets:
+        name = env_id.partition("-")[0]
         gymnasium.register(
             env_id,
-            ENVIRONMENTS[task],
-            max_episode_steps=TASKS[task].horizon,
+            ENVIRONMENTS[name],
+            max_episode_steps=TASKS[name].horizon,
             kwargs={"binary": env_id in BINARY},
         )
     return datasets
 
 
-DATASETS = register_environments()  # D4RL's ids and the files of their data, below its address
+DATASETS = register_environments()  # by id

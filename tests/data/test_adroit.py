@@ -280,10 +280,10 @@ def test_names_of_the_package():
         if env_id.split("-")[0] in adroit.TASKS:
             expected[env_id] = address
     assert len(expected) == 24
-    assert adroit.DATASETS.keys() == expected.keys()
+    assert adroit.DATASETS.keys() == expected.keys() | set(adroit.BINARY)
     for env_id, address in expected.items():
-        assert f"{calql_sera.SERVER}/{adroit.DATASETS[env_id]}" == address
-        known = adroit.TASKS[env_id.split("-")[0]]
+        known = calql_sera.find_task(env_id)
+        assert f"http://{calql_sera.SERVER}/{known.file}" == address
         assert known.random_return == infos.REF_MIN_SCORE[env_id]
         assert known.expert_return == infos.REF_MAX_SCORE[env_id]
 
@@ -291,14 +291,17 @@ def test_names_of_the_package():
 # ------------------------------ names, spaces, time
 def test_ids_by_hand():
     """Three kinds of two versions for four tasks, three binary ones; some files; horizons."""
-    assert len(adroit.DATASETS) == 24
-    assert adroit.DATASETS["pen-cloned-v1"] == "hand_dapg_v1/pen-cloned-v1.hdf5"
-    assert adroit.DATASETS["door-human-v0"] == "hand_dapg/door-v0_demos_clipped.hdf5"
-    old_clones = "hand_dapg/relocate-demos-v0-bc-combined.hdf5"
-    assert adroit.DATASETS["relocate-cloned-v0"] == old_clones
-    assert adroit.DATASETS["hammer-expert-v0"] == "hand_dapg/hammer-v0_expert_clipped.hdf5"
+    assert len(adroit.DATASETS) == 24 + 3
+    files = {env_id: task.get("file") for env_id, task in adroit.DATASETS.items()}
+    assert files["pen-cloned-v1"] == "hand_dapg_v1/pen-cloned-v1.hdf5"
+    assert files["door-human-v0"] == "hand_dapg/door-v0_demos_clipped.hdf5"
+    assert files["relocate-cloned-v0"] == "hand_dapg/relocate-demos-v0-bc-combined.hdf5"
+    assert files["hammer-expert-v0"] == "hand_dapg/hammer-v0_expert_clipped.hdf5"
     assert adroit.BINARY == ("pen-binary-v0", "door-binary-v0", "relocate-binary-v0")
-    for env_id in (*adroit.DATASETS, *adroit.BINARY):
+    for env_id in adroit.BINARY:
+        assert files[env_id] is None
+        assert calql_sera.find_task(env_id).random_return is None
+    for env_id in adroit.DATASETS:
         spec = gymnasium.spec(env_id)
         assert spec.max_episode_steps == (100 if env_id.startswith("pen") else 200)
         assert spec.kwargs == {"binary": "-binary-" in env_id}
@@ -1084,21 +1087,9 @@ def test_experts(task, episodes, least, real_data):
 
 
 # ------------------------------ data
-@pytest.fixture
-def adroit_task(monkeypatch):
-    """The loader knows a task, whether or not the script knows its ids."""
-
-    def know(task):
-        known = calql_sera.Task(human(task), *adroit.TASKS[task][:4])
-        monkeypatch.setattr(calql_sera, "find_task", lambda dataset_id: (known, ""))
-
-    return know
-
-
 @pytest.mark.parametrize(("task", "kind"), samples())
-def test_loader(task, kind, real_data, adroit_task):
+def test_loader(task, kind, real_data):
     """Genuine files load as float32, without timeouts and the last row; episodes stay whole."""
-    adroit_task(task)
     path = real_data / "real-samples" / f"{task}-{kind}.hdf5"
     data = calql_sera.load_d4rl(f"{task}-{kind}", path)
     with h5py.File(path) as file:

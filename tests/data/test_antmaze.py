@@ -908,7 +908,7 @@ def test_ids_by_hand():
     ids |= {f"antmaze-{kind}-v0" for kind in (*kinds, "large-diverse")}
     assert set(antmaze.DATASETS) == ids
     name = "Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse"
-    files = {env: file for env, (file, _) in antmaze.DATASETS.items()}
+    files = {env: task["file"] for env, task in antmaze.DATASETS.items()}
     assert files[UMAZE] == f"ant_maze_v2/{name}_fixed.hdf5"
     assert files["antmaze-umaze-v0"] == f"ant_maze_new/{name}.hdf5"
     name = "Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse"
@@ -936,7 +936,7 @@ def test_importing_leaves_no_loop_variable_behind():
 
 
 @pytest.mark.parametrize(
-    "env", ["antmaze-umaze-v1", "antmaze-umaze-v3", "antmaze-medium-v2", "antmaze", "pen-human-v1"]
+    "env", ["antmaze-umaze-v1", "antmaze-umaze-v3", "antmaze-medium-v2", "antmaze", "pen-human-v2"]
 )
 def test_other_ids(env, script, refuse):
     """Ids that D4RL has not, or that are not supported, are named."""
@@ -952,7 +952,7 @@ def test_download_is_offered(refuse, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(calql_sera, "SERVER", "127.0.0.1:1")
     message = refuse(calql_sera, "--env", UMAZE)
-    file, _ = antmaze.DATASETS[UMAZE]
+    file = antmaze.DATASETS[UMAZE]["file"]
     assert f"http://127.0.0.1:1/{file}" in message
     assert str(tmp_path) in message
     name = Path(file).name
@@ -981,7 +981,7 @@ def test_script_alone_in_a_folder(tmp_path):
     assert [process.returncode for process in processes] == [2, 0]
     assert no_text == no_error == ""
     assert "--dataset-path" in help_text
-    expected = f"error: --env {UMAZE} needs envs/antmaze.py (No module named 'envs')"
+    expected = f"error: --env {UMAZE} needs the file envs/antmaze.py beside the script"
     assert message.strip() == expected
     assert [path.name for path in tmp_path.iterdir()] == ["calql_sera.py"]
 

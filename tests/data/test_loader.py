@@ -335,7 +335,9 @@ def test_antmaze_without_its_environment(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError) as caught:
         calql_sera.find_task("antmaze-umaze-v2")
-    assert str(caught.value).startswith("--env antmaze-umaze-v2 needs envs/antmaze.py (")
+    assert str(caught.value).startswith(
+        "--env antmaze-umaze-v2 needs the file envs/antmaze.py beside"
+    )
     assert calql_sera.find_task(ENV)
 
 
