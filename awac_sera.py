@@ -141,8 +141,14 @@ class Args:
 
 
 # What differs from the defaults, by the start of --env; longer starts win. The defaults are the
-# authors', with networks, batch and AntMaze's r - 1 of CORL, whose table we compare with. sera_k:
-# the SERA paper's.
+# authors', with networks, batch and AntMaze's r - 1 of CORL, whose table we compare with. Adroit:
+# CORL's weights. sera_k: the SERA paper's.
+ADROIT = {
+    "offline_steps": 1_000_000,
+    "eval_every": 25_000,
+    "advantage_weights": "exp",
+    "awac_lambda": 0.1,
+}
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 5_000, "online_steps": 2_500, "eval_every": 500},
     "pendulum-mini": {
@@ -162,6 +168,10 @@ PRESETS = {
         "reward_bias": -1.0,
         "sera_k": 25,
     },
+    "pen-": ADROIT,
+    "door-": ADROIT,
+    "hammer-": ADROIT,
+    "relocate-": ADROIT,
 }
 
 

@@ -146,8 +146,17 @@ class Args:
 
 
 # What differs from the defaults, by the start of --env; longer starts win. The defaults are WSRL's
-# for Gym-MuJoCo (arXiv 2412.07762), offline to online. AntMaze: the Cal-QL authors'. sera_k: the
-# SERA paper's.
+# for Gym-MuJoCo (arXiv 2412.07762), offline to online. AntMaze and Adroit's binary tasks: the
+# Cal-QL authors'; for Adroit's dense ones nothing that learns is published (CORL's runs fail).
+# sera_k: the SERA paper's.
+ADROIT = {
+    "offline_steps": 1_000_000,
+    "eval_every": 25_000,
+    "hidden_dim": 512,
+    "critic_layers": 3,
+    "cql_weight": 1.0,
+}
+BINARY = {"offline_steps": 20_000, "reward_scale": 10.0, "reward_bias": 5.0}
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 3_000, "online_steps": 1_500, "eval_every": 500},
     "pendulum-mini": {
@@ -173,6 +182,13 @@ PRESETS = {
         "cql_lagrange": True,
         "cql_max_target_backup": True,
     },
+    "pen-": ADROIT,
+    "door-": ADROIT,
+    "hammer-": ADROIT,
+    "relocate-": ADROIT,
+    "pen-binary": BINARY,
+    "door-binary": BINARY,
+    "relocate-binary": BINARY,
 }
 
 

@@ -143,7 +143,14 @@ class Args:
 
 
 # What differs from the defaults, by the start of --env; longer starts win. The values are the
-# authors', who normalise rewards for all robots but ant. sera_k: the SERA paper's.
+# authors', who normalise rewards for all robots but ant and Adroit's hand. sera_k: the SERA
+# paper's.
+ADROIT = {
+    "offline_steps": 1_000_000,
+    "eval_every": 25_000,
+    "beta": 0.5,
+    "actor_dropout": 0.1,
+}
 PRESETS = {
     "hopper": {"normalize_rewards": True},
     "hopper-medium-mini": {"offline_steps": 5_000, "online_steps": 2_500, "eval_every": 500},
@@ -167,6 +174,10 @@ PRESETS = {
         "expectile": 0.9,
         "beta": 10.0,
     },
+    "pen-": ADROIT,
+    "door-": ADROIT,
+    "hammer-": ADROIT,
+    "relocate-": ADROIT,
 }
 
 

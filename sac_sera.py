@@ -139,7 +139,9 @@ class Args:
 
 
 # What differs from the defaults, by the start of --env; longer starts win. The defaults are the SAC
-# paper's. AntMaze: no one publishes any, so those of the other scripts. sera_k: the SERA paper's.
+# paper's. AntMaze and Adroit: no one publishes any, so those of the other scripts. sera_k: the SERA
+# paper's.
+ADROIT = {"offline_steps": 1_000_000, "eval_every": 25_000}
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 20_000, "online_steps": 12_000, "eval_every": 2_000},
     "pendulum-mini": {
@@ -159,6 +161,10 @@ PRESETS = {
         "reward_bias": -1.0,
         "sera_k": 25,
     },
+    "pen-": ADROIT,
+    "door-": ADROIT,
+    "hammer-": ADROIT,
+    "relocate-": ADROIT,
 }
 
 

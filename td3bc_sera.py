@@ -147,8 +147,9 @@ class Args:
 
 
 # What differs from the defaults, by the start of --env; longer starts win. The defaults are the
-# authors' for all of Gym-MuJoCo. AntMaze: r - 1 is CORL's, states as they are the authors'. sera_k:
-# the SERA paper's.
+# authors' for all of Gym-MuJoCo. AntMaze: r - 1 is CORL's, states as they are the authors'. Adroit:
+# the lengths alone. sera_k: the SERA paper's.
+ADROIT = {"offline_steps": 1_000_000, "eval_every": 25_000}
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 5_000, "online_steps": 2_500, "eval_every": 500},
     "pendulum-mini": {
@@ -169,6 +170,10 @@ PRESETS = {
         "reward_bias": -1.0,
         "sera_k": 25,
     },
+    "pen-": ADROIT,
+    "door-": ADROIT,
+    "hammer-": ADROIT,
+    "relocate-": ADROIT,
 }
 
 
