@@ -1219,9 +1219,9 @@ def test_run_with_whole_episodes(data, tmp_path, monkeypatch):
     appended = []
     append = calql_sera.ReplayBuffer.append
 
-    def note(self, transitions):
+    def note(self, transitions, **others):
         appended.append(len(transitions["rewards"]))
-        append(self, transitions)
+        append(self, transitions, **others)
 
     monkeypatch.setattr(calql_sera.ReplayBuffer, "append", note)
     monkeypatch.setattr(calql_sera, "update", lambda *_: {})  # to be quick

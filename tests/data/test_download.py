@@ -329,7 +329,7 @@ def test_order_of_sources(cache, monkeypatch, urls):
     for env, folder, name in (
         (ENV, "gym_mujoco_v2", FILE),
         ("ant-expert-v0", "gym_mujoco", "ant_expert.hdf5"),
-        ("antmaze-umaze-v2", *antmaze.DATASETS["antmaze-umaze-v2"][0].split("/")),
+        ("antmaze-umaze-v2", *antmaze.DATASETS["antmaze-umaze-v2"]["file"].split("/")),
     ):
         urls.clear()
         with pytest.raises(FileNotFoundError):
