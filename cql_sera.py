@@ -1159,7 +1159,6 @@ def check_trajectories(data: dict[str, np.ndarray], task: Task, path: Path) -> N
     longer than the task's horizon.
     """
     raw = read_arrays(path, ("observations", "next_observations", "timeouts", "terminals"))
-    fix = "mark where trajectories end in 'timeouts', or let data/convert.py do that"
     given = raw.get("next_observations")
     if given is not None and given.shape == raw["observations"].shape:
         differs = np.abs(given[:-1] - raw["observations"][1:]).max(1) > 1e-3
@@ -1169,9 +1168,9 @@ def check_trajectories(data: dict[str, np.ndarray], task: Task, path: Path) -> N
         wrong = np.flatnonzero(differs & ~ends[:-1])
         if len(wrong):
             found = f"next_observations of row {wrong[0]} is not the next row's observation"
-            raise ValueError(
-                f"{path}: {found} (and so in {len(wrong)} of {len(given)} rows): {fix}"
-            )
+            share = f"and so in {len(wrong)} of {len(given)} rows"
+            fix = f"python data/convert.py {path} OUT.hdf5 --format arrays keeps them apart"
+            raise ValueError(f"{path}: {found} ({share}): {fix}")
     if task.horizon is None:
         return
     ends = np.flatnonzero(data["episode_ends"])
@@ -1179,6 +1178,7 @@ def check_trajectories(data: dict[str, np.ndarray], task: Task, path: Path) -> N
     if lengths.max() > task.horizon:
         first = ends[lengths.argmax()] - lengths.max() + 1
         found = f"a trajectory of {lengths.max()} steps, from transition {first}"
+        fix = "mark the last row of each trajectory in 'timeouts'"
         raise ValueError(f"{path} has {found}, but an episode has {task.horizon} at most: {fix}")
 
 
