@@ -876,8 +876,8 @@ def import_from_envs(name: str, dataset_id: str):
 @functools.cache
 def own_task(env_id: str) -> Task:
     """An environment that Gymnasium knows, also as module:Name-v0. ValueError if it is none."""
-    if env_id.startswith(UNSUPPORTED):
-        family = re.match("[a-z0-9]+", env_id)[0]
+    family = env_id.partition("-")[0]
+    if family in UNSUPPORTED:
         raise ValueError(f"--env {env_id}: {family} of D4RL is not supported: give another task")
     try:
         with warnings.catch_warnings():
@@ -902,7 +902,11 @@ def own_task(env_id: str) -> Task:
 
 def known_ids() -> list[str]:
     """What one may have meant: D4RL's ids of the latest version, and Gymnasium's."""
-    return [*(f"{robot}-{kind}-v2" for robot in TASKS for kind in KINDS), *gymnasium.registry]
+    for family in set(FAMILIES.values()):
+        with contextlib.suppress(ValueError):  # no file of that name is here
+            import_from_envs(family, family)  # registers its ids
+    robots = [f"{robot}-{kind}-v2" for robot in TASKS for kind in KINDS]
+    return [*BUNDLED, *robots, *gymnasium.registry]
 
 
 # ------------------------------ data (shared)
@@ -932,12 +936,15 @@ def fetch_from_d4rl(task: Task) -> Path:
 
     Starts at the same time download it once. FileNotFoundError if no source has it.
     """
-    cache = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")
+    cache = os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
+    if cache.startswith("~"):
+        fix = "set D4RL_DATASET_DIR to a folder, or give --dataset-path"
+        raise FileNotFoundError(f"there is no home folder to keep {task.file} in: {fix}")
     name = task.file.rpartition("/")[2]
     path = Path(cache, name)
     if path.is_file():
         return path
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     urls = (
         f"{hub}/{MIRROR}/{name}",
         f"https://{SERVER}/{task.file}",
@@ -975,7 +982,9 @@ def download(url: str, path: Path, sha256: str | None, timeout: float = 30) -> s
     say(f"downloading {url}")
     try:
         torch.hub.download_url_to_file(url, str(part), sha256)
-        h5py.File(part).close()  # without a checksum this refuses a page of text and half a file
+        h5py.File(
+            part, locking=False
+        ).close()  # without a checksum this refuses a page of text and half a file
         part.rename(path)
     except Exception as error:  # whatever the network may raise
         part.unlink(missing_ok=True)
@@ -1005,11 +1014,14 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
                     raise ValueError(f"{path} is in {name}'s format: {fix}")
             arrays = {}
             for name in names:
-                if isinstance(file.get(name), h5py.Dataset):
-                    arrays[name] = np.asarray(file[name])
+                if name not in file:
+                    continue
+                if not isinstance(file.get(name), h5py.Dataset):
+                    raise ValueError(f"{name} in {path} is no array: give a file in D4RL's format")
+                arrays[name] = np.asarray(file[name])
     except (OSError, RuntimeError, MemoryError, TypeError) as error:
         fix = "fetch it again, or let data/convert.py make one of it"
-        if "already open" in str(error):
+        if "already open" in str(error) or "locking flag" in str(error):
             fix = "close it first: this process has it open"
         raise ValueError(f"{path} cannot be read as HDF5 ({first_line(error)}): {fix}") from None
     return arrays
@@ -1093,14 +1105,17 @@ def check_arrays(raw: dict[str, np.ndarray], task: Task, dataset_id: str, path: 
 
 
 def counted_timeouts(terminals: np.ndarray, horizon: int) -> np.ndarray:
-    """The timeouts (N,) of a file that has none, as d4rl counts them: every horizon-th step."""
+    """The timeouts (N,) of a file that has none, counted as d4rl does.
+
+    Every horizon-th step is one; but after a terminal d4rl counts from 1, so one comes earlier.
+    """
     timeouts = np.zeros(len(terminals), dtype=bool)
-    steps = 0
+    step = 0
     for row, terminal in enumerate(terminals):
-        steps += 1
-        timeouts[row] = steps == horizon
-        if terminal or timeouts[row]:
-            steps = 0
+        timeouts[row] = step == horizon - 1
+        step = 0 if timeouts[row] else step + 1
+        if terminal and not timeouts[row]:
+            step = 1
     return timeouts
 
 
@@ -1111,13 +1126,15 @@ def check_trajectories(data: dict[str, np.ndarray], task: Task, path: Path) -> N
     longer than the task's horizon.
     """
     raw = read_arrays(path, ("observations", "next_observations", "timeouts", "terminals"))
-    given = raw.get("next_observations")
-    if given is not None and given.shape == raw["observations"].shape:
-        differs = np.abs(given[:-1] - raw["observations"][1:]).max(1) > 1e-3
-        ends = raw["terminals"].reshape(-1) != 0
+    given = raw.get("next_observations", np.empty(0))
+    if given.shape == raw["observations"].shape and given.dtype.kind in "fiu":
+        terminals = raw["terminals"].reshape(-1) != 0
         if "timeouts" in raw:
-            ends |= raw["timeouts"].reshape(-1) != 0
-        wrong = np.flatnonzero(differs & ~ends[:-1])
+            timeouts = raw["timeouts"].reshape(-1) != 0
+        else:
+            timeouts = counted_timeouts(terminals, task.horizon)
+        differs = np.abs(given[:-1] - raw["observations"][1:]).max(1) > 1e-3
+        wrong = np.flatnonzero(differs & ~(terminals | timeouts)[:-1])
         if len(wrong):
             found = f"next_observations of row {wrong[0]} is not the next row's observation"
             share = f"and so in {len(wrong)} of {len(given)} rows"
@@ -1305,6 +1322,19 @@ def pad_observations(env: gymnasium.Env, observation_dim: int) -> gymnasium.Env:
     return gymnasium.wrappers.TransformObservation(env, lambda s: np.pad(s, missing), padded)
 
 
+def rescale_actions(env: gymnasium.Env) -> gymnasium.Env:
+    """Actions in [-1, 1] become those between the bounds of one's own environment."""
+    space = env.action_space
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+
+    def rescaled(action: np.ndarray) -> np.ndarray:
+        inside = np.clip(low + (action + 1) / 2 * (high - low), low, high)
+        return inside.astype(space.dtype)
+
+    unit = gymnasium.spaces.Box(-1, 1, space.shape, np.float32)
+    return gymnasium.wrappers.TransformAction(env, rescaled, unit)
+
+
 def is_of_gym_mujoco(task: Task) -> bool:
     """Whether it is D4RL's hopper, halfcheetah, walker2d or ant, and not one's own."""
     return any(task[:5] == robot[:5] for robot in TASKS.values())
@@ -1320,18 +1350,18 @@ def make_env(
     """
     task = find_task(dataset_id)
     mujoco.set_mju_user_warning(warnings.warn)  # else MuJoCo writes MUJOCO_LOG.TXT
-    render_mode = "rgb_array" if video_dir else None
+    options = {"render_mode": "rgb_array"} if video_dir else {}  # some know no such option
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # -v4 is deprecated, as is an attribute it uses
-        env = gymnasium.make(task.env_id, render_mode=render_mode, disable_env_checker=True)
+        env = gymnasium.make(task.env_id, disable_env_checker=True, **options)
         if physics == "d4rl" and is_of_gym_mujoco(task):  # the others have it built in
             use_d4rl_physics(env.unwrapped)
         if env.observation_space.shape[0] < task.observation_dim:
             env = pad_observations(env, task.observation_dim)
         if video_dir:
             env = film(env, video_dir)
-    if task.random_return is None:  # one's own: to its bounds from the policy's [-1, 1]
-        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if task.random_return is None:
+        env = rescale_actions(env)
     env = gymnasium.wrappers.ClipAction(env)
     return gymnasium.wrappers.RecordEpisodeStatistics(env)
 
@@ -1976,7 +2006,7 @@ def load_data(args: Args) -> tuple[dict[str, np.ndarray] | None, str | None, str
     data = load_d4rl(args.env, path, args.clip_actions)
     if args.dataset_path and not is_d4rl_s:
         check_trajectories(data, task, path)
-    if args.env.startswith("antmaze") and not (data["rewards"] > 0).any():
+    if args.env.startswith("antmaze-") and not (data["rewards"] > 0).any():
         fix = "give a file with successes"
         raise ValueError(f"{path} never reaches the goal (no reward > 0): {fix}")
     return data, str(path), sha256

@@ -351,7 +351,6 @@ def test_endpoint(endpoint, cache, monkeypatch, urls):
     assert urls[0] == f"{expected}/{calql_sera.MIRROR}/{FILE}"
 
 
-@pytest.mark.xfail(strict=True, reason="a slash at the end of HF_ENDPOINT is kept")
 def test_endpoint_with_a_slash(cache, monkeypatch, urls):
     """A slash at the end of HF_ENDPOINT does not get into the middle of the address."""
     monkeypatch.setenv("HF_ENDPOINT", "https://hf-mirror.example/")
@@ -652,7 +651,6 @@ def test_lock_is_freed(cache, sources):
             pass
 
 
-@pytest.mark.xfail(strict=True, reason="download opens the file with HDF5's lock")
 def test_download_without_locks_of_hdf5(cache, body, sources, monkeypatch):
     """The file is looked into without HDF5's lock, which not every file system has.
 

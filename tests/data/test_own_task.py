@@ -165,7 +165,6 @@ def test_tasks(script, env, observation_dim, action_dim, horizon):
     assert script.normalized_score(env, np.array([1.0, 2.0])) is None
 
 
-@pytest.mark.xfail(strict=True, reason="render_mode is given, even if it is None")
 def test_environments_that_cannot_be_rendered():
     """Some environments take no argument at all, and nothing asks them to render."""
     env = calql_sera.make_env("sliders:Plain-v0")
@@ -270,14 +269,12 @@ def test_nearest_id(env, nearest):
     assert calql_sera.find_task(nearest)
 
 
-@pytest.mark.xfail(strict=True, reason="it is not among the known ids")
 def test_nearest_id_of_the_bundled_file():
     """The mini set is among the known ones."""
     with pytest.raises(ValueError, match=r"did you mean hopper-medium-mini\?"):
         calql_sera.find_task("hopper-medium-mni")
 
 
-@pytest.mark.xfail(strict=True, reason="AntMaze's ids are not known before one of them is used")
 def test_nearest_id_of_a_mistyped_maze(monkeypatch):
     """AntMaze's ids are among the known ones before they have been asked for."""
     monkeypatch.delitem(sys.modules, "envs.antmaze")
@@ -287,7 +284,6 @@ def test_nearest_id_of_a_mistyped_maze(monkeypatch):
         calql_sera.find_task("antmze-umaze-v2")
 
 
-@pytest.mark.xfail(strict=True, reason="a family is told by the start of a word")
 @pytest.mark.parametrize("name", ["flow_field", "carla_gym", "bullets", "kitchen_tools"])
 def test_modules_named_like_families(name, tmp_path):
     """A module of one's own is no family of D4RL's because of how its name begins."""
@@ -297,7 +293,6 @@ def test_modules_named_like_families(name, tmp_path):
     assert (task.observation_dim, task.action_dim) == (2, 3)
 
 
-@pytest.mark.xfail(strict=True, reason="AntMaze is told by the start of a word")
 def test_module_named_like_a_maze(tmp_path):
     """Nor is it AntMaze's: its rewards need not be those of successes."""
     source = MODULE.replace("{name}-v0", "Maze{name}-v0").split('gymnasium.register("End')[0]
@@ -338,7 +333,6 @@ def test_actions_beyond_the_bounds_are_clipped():
         np.testing.assert_array_equal(step_once(env, 3 * np.array(action)), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="rescaling rounds 2 to 2.0000002")
 def test_rescaled_actions_are_within_the_bounds():
     """An environment that checks its actions against its space finds none outside."""
     env = calql_sera.make_env("sliders:Slider-v0")
@@ -347,7 +341,6 @@ def test_rescaled_actions_are_within_the_bounds():
         assert env.unwrapped.action_space.contains(received.astype(np.float32)), received
 
 
-@pytest.mark.xfail(strict=True, reason="bounds in single precision for a space in double")
 def test_rescaling_warns_of_nothing():
     """A space in double precision, which is NumPy's default, is nothing to warn of."""
     with warnings.catch_warnings():

@@ -111,7 +111,6 @@ def test_damaged_array(kind, load):
     assert_only(["refused"], outcomes)
 
 
-@pytest.mark.xfail(strict=True, reason="what is no array counts as absent")
 @pytest.mark.parametrize("kind", NO_ARRAY)
 def test_timeouts_that_are_no_array(kind, load):
     """A group, a type or a link to nothing in their place is damage: they are not counted."""

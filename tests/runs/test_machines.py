@@ -85,7 +85,6 @@ def test_no_home_but_a_cache(homeless, tmp_path, monkeypatch):
     assert sac_sera.fetch_dataset(ENV) == path
 
 
-@pytest.mark.xfail(strict=True, reason="a folder with the name ~ is made")
 def test_no_home_and_no_cache(homeless, tmp_path, monkeypatch):
     """Where a cache is needed there is an error, and no folder of the name ~."""
     monkeypatch.setattr(sac_sera, "SERVER", "127.0.0.1:1")
@@ -122,7 +121,6 @@ def test_every_path_argument_knows_tilde():
     assert len(names) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="D4RL_DATASET_DIR is taken as it is")
 def test_tilde_of_the_cache(tmp_path, monkeypatch):
     """In D4RL_DATASET_DIR, too, which some set where no shell expands it."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -200,7 +198,6 @@ def test_download_without_locks(name, no_locks, data, tmp_path, monkeypatch, cap
     assert printed.count(f"{path.parent} has no locks") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="download opens the file with HDF5's lock")
 def test_hdf5_is_opened_without_locks():
     """Every file that a script opens by h5py.File is opened with locking=False."""
     tree = ast.parse(Path(sac_sera.__file__).read_text())
