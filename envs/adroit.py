@@ -55,7 +55,8 @@ class AdroitEnv(MujocoEnv, EzPickle):
     """What the tasks share. Each adds its own place, observe and judge.
 
     place draws where things are in an episode. judge gives the dense reward, whether the goal is
-    reached, and whether it is out of reach for good. binary: see above.
+    reached, and whether it is out of reach for good. Places in an observation are 2 ms older than
+    its joints, as in D4RL. binary: see above.
     """
 
     task: str
@@ -71,7 +72,8 @@ class AdroitEnv(MujocoEnv, EzPickle):
         camera = dict(zip(("distance", "azimuth"), self.view))
         super().__init__(path, 5, space, default_camera_config=camera, **kwargs)
         low, high = self.model.actuator_ctrlrange.T
-        self.middle, self.reach = (low + high) / 2, (high - low) / 2
+        self.middle = (low + high) / 2
+        self.reach = (high - low) / 2
         types = self.model.geom_type
         self.is_box = types == mujoco.mjtGeom.mjGEOM_BOX
         round_types = (mujoco.mjtGeom.mjGEOM_SPHERE, mujoco.mjtGeom.mjGEOM_CAPSULE)
