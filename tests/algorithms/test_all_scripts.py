@@ -569,10 +569,10 @@ def test_help(script, capsys):
 def test_presets(script):
     """Each is of use to some dataset and changes known arguments; every dataset has its own."""
     defaults = script.Args()
-    ids = {"hopper-medium-mini", *antmaze.DATASETS}
+    ids = {*script.BUNDLED, *antmaze.DATASETS}
     for robot in script.TASKS:
         ids |= {f"{robot}-{kind}-v2" for kind in script.KINDS}
-    assert len(ids - antmaze.DATASETS.keys()) == 25
+    assert len(ids - antmaze.DATASETS.keys()) == 24 + len(script.BUNDLED)
     for start, preset in script.PRESETS.items():
         assert any(env.startswith(start) for env in ids), start
         for name, value in preset.items():

@@ -273,9 +273,10 @@ def train(tmp_path, monkeypatch):
             seen.initial = copy.deepcopy(run.agent.state_dict())
             original_train(run, args)
 
-        def recorded_sample(buffer, *numbers):
-            batch = sample(buffer, *numbers)
-            seen.samples.append((numbers, buffer.online_size))
+        def recorded_sample(buffer, rows):
+            batch = sample(buffer, rows)
+            seen.samples.append(((rows.dataset, rows.online), buffer.online_size))
+            assert rows.both == 0
             seen.rewards.append(batch["rewards"].tolist())
             return batch
 
@@ -349,7 +350,8 @@ def test_rows_from_scratch(train):
     assert run.last["normalizer"] == {"mean": torch.tensor(0.0), "std": torch.tensor(1.0)}
     assert run.run.buffer.reward_scale == 1
     names = {"observations", "actions", "rewards", "next_observations", "terminals"}
-    assert rows.keys() == names | {"bonus_q"}
+    assert rows.keys() == names | {"bonus_q", "online"}
+    assert (rows["online"] == 1).all()
     next_states = np.array(env.next_states, dtype=np.float32)
     np.testing.assert_array_equal(rows["observations"], np.array(env.states, dtype=np.float32))
     np.testing.assert_array_equal(rows["next_observations"], next_states)

@@ -435,6 +435,7 @@ def test_one_message_from_outside(cache, sources, tmp_path, monkeypatch, capsys)
     sources.mirror.how = "wrong"
     sources.d4rl.how = "404"
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calql_sera, "train", lambda *inputs: pytest.fail("training has begun"))
     with pytest.raises(SystemExit) as caught:
         calql_sera.main(["--env", ENV])
     assert caught.value.code == 2

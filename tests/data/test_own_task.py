@@ -122,14 +122,20 @@ def slider_data(tmp_path):
     return str(write(tmp_path / "slider.hdf5", dataset(2, 3)))
 
 
-def refusal(env, capsys, *options, script=calql_sera):
-    """The one line on stderr of a run that is refused before it trains."""
-    with pytest.raises(SystemExit) as caught:
-        script.main(["--env", env, *options])
-    stderr = capsys.readouterr().err.strip()
-    assert caught.value.code == 2
-    assert stderr.startswith("error: ") and "\n" not in stderr
-    return stderr
+@pytest.fixture
+def refusal(capsys, monkeypatch):
+    """Runs main, which has to refuse: gives its one line on stderr."""
+    monkeypatch.setattr(calql_sera, "train", lambda *inputs: pytest.fail("training has begun"))
+
+    def run(env, *options):
+        with pytest.raises(SystemExit) as caught:
+            calql_sera.main(["--env", env, "--threads", "1", *options])
+        stderr = capsys.readouterr().err.strip()
+        assert caught.value.code == 2
+        assert stderr.startswith("error: ") and "\n" not in stderr
+        return stderr
+
+    return run
 
 
 def rows(run_dir):
@@ -210,23 +216,23 @@ def test_d4rl_ids_stay_what_they_are():
         ("MatrixActions", "actions", "(2, 2)"),
     ],
 )
-def test_other_spaces(env, part, space, capsys):
+def test_other_spaces(env, part, space, refusal):
     """States and actions have to be vectors of numbers: the space is shown, with what is needed."""
-    message = refusal(f"sliders:{env}-v0", capsys)
+    message = refusal(f"sliders:{env}-v0")
     assert f"--env sliders:{env}-v0 has the {part} {space}" in message or space in message
     assert f"has the {part}" in message
     assert message.endswith("give one whose states and actions are vectors of numbers")
 
 
-def test_discrete_actions_of_gymnasium(capsys):
+def test_discrete_actions_of_gymnasium(refusal):
     """The commonest of all."""
-    assert "--env CartPole-v1 has the actions Discrete(2)" in refusal("CartPole-v1", capsys)
+    assert "--env CartPole-v1 has the actions Discrete(2)" in refusal("CartPole-v1")
 
 
 @pytest.mark.parametrize("env", ["UnboundedActions", "HalfBoundedActions"])
-def test_actions_without_bounds(env, capsys):
+def test_actions_without_bounds(env, refusal):
     """There is nothing to rescale them to."""
-    message = refusal(f"sliders:{env}-v0", capsys)
+    message = refusal(f"sliders:{env}-v0")
     assert f"--env sliders:{env}-v0 has actions without bounds (Box(" in message
     assert message.endswith("give some bounds")
 
@@ -241,9 +247,9 @@ def test_actions_without_bounds(env, capsys):
         ("Pendulum-v0", "v1"),
     ],
 )
-def test_environments_that_cannot_be_made(env, reason, capsys):
+def test_environments_that_cannot_be_made(env, reason, refusal):
     """The reason in one line, whatever the environment or the import raised."""
-    message = refusal(env, capsys)
+    message = refusal(env)
     assert f"--env {env} is no dataset of D4RL's, and Gymnasium cannot make it (" in message
     assert reason in message
     assert "see the manual" not in message
@@ -394,18 +400,18 @@ def test_data_of_ones_own(tmp_path, slider_data):
     assert data["episode_ends"].sum() == 5
 
 
-def test_data_of_other_widths(slider_data, capsys):
+def test_data_of_other_widths(slider_data, refusal):
     """The environment is named, with what it needs."""
-    message = refusal(PENDULUM, capsys, "--dataset-path", slider_data)
+    message = refusal(PENDULUM, "--dataset-path", slider_data)
     assert "observations in" in message
     assert f"{PENDULUM} needs numbers, (100, 3)" in message
 
 
-def test_horizon_of_ones_own(tmp_path, capsys):
+def test_horizon_of_ones_own(tmp_path, refusal):
     """Trajectories are compared with it, and time-outs counted against it."""
     arrays = dataset(3, 1, rows=900, length=900)
     path = write(tmp_path / "x.hdf5", arrays)
-    message = refusal(PENDULUM, capsys, "--dataset-path", str(path))
+    message = refusal(PENDULUM, "--dataset-path", str(path))
     assert "a trajectory of 899 steps" in message
     assert "an episode has 200 at most" in message
     del arrays["timeouts"]
@@ -413,19 +419,19 @@ def test_horizon_of_ones_own(tmp_path, capsys):
     assert np.flatnonzero(data["episode_ends"]).tolist() == [198, 397, 596, 795, 894]
 
 
-def test_no_horizon(tmp_path, capsys):
+def test_no_horizon(tmp_path, refusal):
     """Without one, trajectories have any length, and time-outs have to be given."""
     arrays = dataset(2, 3, rows=3000, length=3000)
     env = "sliders:Endless-v0"
     assert len(load(env, write(tmp_path / "x.hdf5", arrays))["rewards"]) == 2999
     del arrays["timeouts"]
     path = write(tmp_path / "y.hdf5", arrays)
-    assert "no array 'timeouts'" in refusal(env, capsys, "--dataset-path", str(path))
+    assert "no array 'timeouts'" in refusal(env, "--dataset-path", str(path))
 
 
-def test_offline_steps_without_data(capsys):
+def test_offline_steps_without_data(refusal):
     """There is no file to fetch: both ways out are named."""
-    message = refusal(PENDULUM, capsys)
+    message = refusal(PENDULUM)
     expected = f"--env {PENDULUM} has no dataset of its own: give --dataset-path, or"
     assert expected in message
     assert "--offline-steps 0 --mixing-ratio 0" in message

@@ -65,6 +65,12 @@ def written(tmp_path):
     return lambda arrays: corrupt.write(tmp_path / "x.hdf5", arrays)
 
 
+def no_run(args, *others):
+    """Stands in for set_up: loads the data, and goes no further."""
+    calql_sera.load_data(args)
+    pytest.fail("the data was taken")
+
+
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capsys):
     """Runs main on arrays or a file, which has to be refused: gives its one line on stderr."""
@@ -74,6 +80,7 @@ def refuse(tmp_path, monkeypatch, capsys):
         if isinstance(arrays, dict):
             path = corrupt.write(tmp_path / "x.hdf5", arrays)
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(calql_sera, "set_up", no_run)
         before = corrupt.contents(tmp_path)
         with pytest.raises(SystemExit) as caught:
             calql_sera.main(["--env", ENV, "--dataset-path", str(path), *options])
