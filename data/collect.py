@@ -11,6 +11,11 @@ take the file with --dataset-path.
 does so with the goal-reaching ant that made D4RL's AntMaze data (weights published with D4RL). It
 walks from cell to cell of the maze to the goal, with noise on its actions. Unlike D4RL's, an
 episode ends at the goal.
+
+    python data/collect.py pen-expert-v1.hdf5 my-pen.hdf5 --env pen-expert-v1
+
+samples from the policy that D4RL keeps in its own files of Gym-MuJoCo's -medium and -expert and of
+Adroit's -expert and -cloned.
 """
 
 import importlib
@@ -52,11 +57,11 @@ class Args:
     """
 
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
-    """checkpoint.pt of a run of any script, or the .npz of D4RL's goal-reaching ant"""
+    """checkpoint.pt of a run, the .npz of D4RL's goal-reaching ant, or a .hdf5 of D4RL's"""
     output: Positional[Annotated[str, arg(metavar="OUTPUT")]]
     """HDF5 file to write; it must not exist yet"""
     env: Annotated[str | None, arg(metavar="ID")] = None
-    """dataset id of the AntMaze to walk through, with an .npz; a checkpoint knows its own"""
+    """dataset id of the environment, with an .npz or .hdf5; a checkpoint knows its own"""
     mix: tuple[str, ...] = ()
     """further checkpoints, whose policies share the steps evenly with the first one"""
     steps: int = 50_000
@@ -181,6 +186,50 @@ def load_walker(path: str, dataset_id: str | None) -> tuple[gymnasium.Env, Calla
     return env, MazeWalker(path, env.unwrapped), {"env": dataset_id, "policy": Path(path).name}
 
 
+# ------------------------------ the policy in a file of D4RL's
+class PolicyInFile:
+    """The policy that collected a file, (d,) -> (a,), sampled from PyTorch's generator."""
+
+    def __init__(self, path: str):
+        activations = {b"relu": torch.relu, b"tanh": torch.tanh}
+        try:
+            with h5py.File(path) as file:
+                policy = file["metadata/policy"]
+                names = ("fc0", "fc1", "last_fc", "last_fc_log_std")
+                layers = []
+                for name in names:
+                    weight, bias = policy[f"{name}/weight"][:], policy[f"{name}/bias"][:]
+                    layers.append(
+                        (torch.from_numpy(weight).float(), torch.from_numpy(bias).float())
+                    )
+                self.activation = activations[policy["nonlinearity"][()]]
+                self.squashed = policy["output_distribution"][()] == b"tanh_gaussian"
+        except (OSError, KeyError) as error:
+            fix = "give one of Gym-MuJoCo's -medium or -expert, or of Adroit's -expert or -cloned"
+            raise ValueError(f"{path} holds no policy ({error}): {fix}") from None
+        *self.hidden_layers, self.mean_layer, self.log_std_layer = layers
+
+    @torch.no_grad()
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(observation).float()
+        for layer in self.hidden_layers:
+            x = self.activation(torch.nn.functional.linear(x, *layer))
+        mean = torch.nn.functional.linear(x, *self.mean_layer)
+        log_std = torch.nn.functional.linear(x, *self.log_std_layer).clamp(-20, 2)
+        action = mean + log_std.exp() * torch.randn_like(mean)
+        if self.squashed:
+            action = torch.tanh(action)
+        return action.clamp(-1, 1).numpy()
+
+
+def load_file_policy(path: str, dataset_id: str | None) -> tuple[gymnasium.Env, Callable, dict]:
+    """The environment of a dataset id, a file's policy, and attributes for the new file."""
+    if dataset_id is None:
+        raise ValueError(f"{path} does not know its environment: name it with --env")
+    env = importlib.import_module("iql_sera").make_env(dataset_id)  # any script's would do
+    return env, PolicyInFile(path), {"env": dataset_id, "policy": Path(path).name}
+
+
 # ------------------------------ rolling out
 def roll_out(
     env: gymnasium.Env, policy: Callable, steps: int, seed: int
@@ -208,8 +257,10 @@ def collect(args: Args) -> tuple[dict[str, np.ndarray], dict]:
         return collect_mix(args)
     if args.checkpoint.endswith(".npz"):
         env, policy, attributes = load_walker(args.checkpoint, args.env)
+    elif args.checkpoint.endswith(".hdf5"):
+        env, policy, attributes = load_file_policy(args.checkpoint, args.env)
     elif args.env:
-        raise ValueError("--env goes with an .npz: a checkpoint knows its own")
+        raise ValueError("--env goes with an .npz or .hdf5: a checkpoint knows its own")
     else:
         env, policy, attributes = load_policy(args.checkpoint)
     torch.manual_seed(args.seed)
