@@ -313,3 +313,78 @@ def test_help(capsys):
     parsed = [collect.tyro.cli(collect.Args, args=command[2:]) for command in commands]
     assert [args.steps for args in parsed] == [1_000_000, 50_000]
     assert [args.env for args in parsed] == [None, UMAZE]
+
+
+# ------------------------------ policies in D4RL's files
+def write_policy(path, distribution, nonlinearity=b"relu"):
+    """A policy of two states and one action: mean 2 relu(s_0 + s_1), tiny noise."""
+    with h5py.File(path, "w") as file:
+        policy = file.create_group("metadata/policy")
+        layers = {
+            "fc0": ([[1.0, 1.0]], [0.0]),
+            "fc1": ([[1.0]], [0.0]),
+            "last_fc": ([[2.0]], [0.0]),
+            "last_fc_log_std": ([[0.0]], [-18.0]),
+        }
+        for name, (weight, bias) in layers.items():
+            policy[f"{name}/weight"] = np.array(weight)
+            policy[f"{name}/bias"] = np.array(bias)
+        policy["nonlinearity"] = nonlinearity
+        policy["output_distribution"] = distribution
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "nonlinearity", "expected"),
+    [
+        (b"tanh_gaussian", b"relu", np.tanh(0.6)),
+        (b"gaussian", b"relu", 0.6),
+        (b"gaussian", b"tanh", 2 * np.tanh(np.tanh(0.3))),
+    ],
+)
+def test_policy_in_a_file(distribution, nonlinearity, expected, tmp_path):
+    """By hand: two hidden units of one each, squashed or not, cut to [-1, 1]."""
+    policy = collect.PolicyInFile(write_policy(tmp_path / "p.hdf5", distribution, nonlinearity))
+    assert policy(np.array([0.1, 0.2])) == pytest.approx([expected], abs=1e-6)
+    assert policy(np.array([9.0, 9.0]))[0] == 1
+
+
+def test_noise_of_a_policy_in_a_file(tmp_path):
+    """Its deviation is that of the file."""
+    path = write_policy(tmp_path / "p.hdf5", b"gaussian")
+    with h5py.File(path, "r+") as file:
+        file["metadata/policy/last_fc_log_std/bias"][:] = np.log(0.1)
+    policy = collect.PolicyInFile(path)
+    torch.manual_seed(0)
+    actions = np.array([policy(np.array([0.1, 0.1]))[0] for _ in range(2000)])
+    assert actions.mean() == pytest.approx(0.4, abs=0.01)
+    assert actions.std() == pytest.approx(0.1, rel=0.05)
+
+
+def test_no_policy_in_a_file(refuse, tmp_path):
+    """A file without one, and a file without its environment, are named."""
+    with h5py.File(tmp_path / "empty.hdf5", "w"):
+        pass
+    message = refuse(tmp_path / "empty.hdf5", tmp_path / "x.hdf5", "--env", "hopper-medium-v2")
+    assert "empty.hdf5 holds no policy" in message
+    path = write_policy(tmp_path / "p.hdf5", b"gaussian")
+    assert "name it with --env" in refuse(path, tmp_path / "x.hdf5")
+
+
+def test_log_densities_of_a_genuine_policy(real_data):
+    """D4RL's own actions have the log-densities that its file of hopper-medium notes."""
+    path = real_data / "real-samples" / "hopper_medium-v2.hdf5"
+    policy = collect.PolicyInFile(str(path))
+    with h5py.File(path) as file:
+        states = torch.from_numpy(file["observations"][:200])
+        actions = torch.from_numpy(file["actions"][:200]).double()
+        noted = file["infos/action_log_probs"][:200]
+    x = states
+    for layer in policy.hidden_layers:
+        x = torch.relu(torch.nn.functional.linear(x, *layer))
+    mean = torch.nn.functional.linear(x, *policy.mean_layer).double()
+    log_std = torch.nn.functional.linear(x, *policy.log_std_layer).clamp(-20, 2).double()
+    u = torch.atanh(actions.clamp(-1 + 1e-7, 1 - 1e-7))
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    densities = (normal.log_prob(u) - torch.log(1 - actions**2 + 1e-6)).sum(1)
+    assert np.corrcoef(densities, noted)[0, 1] > 0.999
