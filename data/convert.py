@@ -1,8 +1,8 @@
-"""Convert a data set of another format to an HDF5 file in D4RL's, which all scripts take.
+"""Convert a dataset of another format to an HDF5 file in D4RL's, which all scripts take.
 
     python data/convert.py SOURCE my-data.hdf5
 
-SOURCE is a Minari data set (its id, its folder, or its main_data.hdf5), a file of robomimic or of
+SOURCE is a Minari dataset (its id, its folder, or its main_data.hdf5), a file of robomimic or of
 d3rlpy, an .npz or a folder of .npy files with plain arrays, or an .npz of OGBench. The format is
 recognised by the names in it. docs/own_task.md has the formats, and what is refused.
 
@@ -42,7 +42,7 @@ IMAGE = "observations of more than one axis (images) are not supported"
 
 @dataclass
 class Args:
-    """Convert a data set to an HDF5 file in D4RL's format, for --dataset-path of any script.
+    """Convert a dataset to an HDF5 file in D4RL's format, for --dataset-path of any script.
 
     So do a file whose format is recognised, Dict observations in an order of one's own, and
     actions of an environment whose bounds are not -1 and 1:
@@ -55,11 +55,16 @@ class Args:
     """
 
     source: Positional[Annotated[str, arg(metavar="SOURCE")]]
-    """file or folder to convert, or the id of a Minari data set that is on this machine"""
+    """file or folder to convert, or the id of a Minari dataset that is on this machine"""
     output: Positional[Annotated[str, arg(metavar="OUTPUT")]]
     """HDF5 file to write; it must not exist yet"""
-    format: Literal["auto", "minari", "robomimic", "d3rlpy", "arrays", "ogbench"] = "auto"
-    """format of SOURCE; auto recognises it by the names in it"""
+    format: Literal[
+        "auto", "minari", "robomimic", "d3rlpy", "arrays", "ogbench", "adroit-binary"
+    ] = "auto"
+    """format of SOURCE; auto recognises it by the names in it, but for adroit-binary"""
+    allow_pickle: bool = False
+    """for adroit-binary, whose files are pickles: reading one runs whatever program is in it, so
+    say this only of a file from somebody you trust"""
     keys: Annotated[str | None, arg(metavar="A,B")] = None
     """keys of Dict observations to take, in this order; by default all but images, by name"""
     action_low: Annotated[str | None, arg(metavar="X")] = None
@@ -102,7 +107,7 @@ def recognise(path: str | Path) -> str | None:
 
 
 def minari_folder(path: Path) -> Path | None:
-    """Where the files of a Minari data set's folder are, if it is one."""
+    """Where the files of a Minari dataset's folder are, if it is one."""
     for folder in (path / "data", path):
         if any((folder / name).is_file() for name in ("main_data.hdf5", "metadata.json")):
             return folder
@@ -339,7 +344,7 @@ def numbered(names, prefix: str) -> list[str]:
 
 # ------------------------------ Minari
 def read_minari(source: str, keys: str | None) -> tuple[Rows, dict]:
-    """A Minari data set: main_data.hdf5 as it is, an id or a folder with the package."""
+    """A Minari dataset: main_data.hdf5 as it is, an id or a folder with the package."""
     if Path(source).is_file():
         return read_minari_file(source, keys)
     return read_minari_package(source, keys)
@@ -375,7 +380,7 @@ def read_minari_package(source: str, keys: str | None) -> tuple[Rows, dict]:
     try:
         import minari
     except ImportError:
-        fix = "pip install minari, or name the main_data.hdf5 of the data set"
+        fix = "pip install minari, or name the main_data.hdf5 of the dataset"
         raise ValueError(f"minari, to read {source}, is not installed: {fix}") from None
     from gymnasium import spaces
 
@@ -383,7 +388,7 @@ def read_minari_package(source: str, keys: str | None) -> tuple[Rows, dict]:
     try:
         dataset = minari.MinariDataset(folder) if folder else minari.load_dataset(source)
         space = dataset.action_space
-    except Exception as error:  # whatever a missing, damaged or too new data set makes it raise
+    except Exception as error:  # whatever a missing, damaged or too new dataset makes it raise
         fix = f"name a folder, or an id after 'minari download {source}'"
         raise ValueError(f"minari cannot load {source} ({error}): {fix}") from None
     if not isinstance(space, spaces.Box):
@@ -394,7 +399,7 @@ def read_minari_package(source: str, keys: str | None) -> tuple[Rows, dict]:
 
 
 def package_episodes(dataset, source: str) -> Iterator[tuple[str, Mapping]]:
-    """The episodes of a Minari data set, by name."""
+    """The episodes of a Minari dataset, by name."""
     try:
         for episode in dataset.iterate_episodes():
             yield f"episode_{episode.id}", vars(episode)
@@ -627,6 +632,55 @@ def read_ogbench(source: str, keys: str | None) -> tuple[Rows, dict]:
     return Rows(*(column[rows.has_next] for column in follows)), {}
 
 
+# ------------------------------ Adroit's binary tasks
+def read_adroit_binary(source: str, keys: str | None) -> tuple[Rows, dict]:
+    """The .npy files of AWAC and Cal-QL: pickled lists of trajectories with rewards -1 and 0.
+
+    A trajectory is cut after its first success (reward 0), where the environment would have ended
+    it. ValueError unless it is such a file. main has made sure that pickles are allowed.
+    """
+    refuse_keys(source, keys)
+    try:
+        trajectories = list(np.load(source, allow_pickle=True))
+    except Exception as error:  # whatever unpickling may raise
+        raise ValueError(f"{source} cannot be read ({error}): name another file") from None
+    parts = []
+    for number, given in enumerate(trajectories):
+        place = f"trajectory {number} of {source}"
+        if not isinstance(given, dict) or not {"observations", "actions", "rewards"} <= set(given):
+            fix = "name one of the authors' files"
+            raise ValueError(f"{place} has no observations, actions and rewards: {fix}")
+        actions = np.array(list(given["actions"]), dtype=np.float64)
+        rewards = np.array(list(given["rewards"]), dtype=np.float32).reshape(-1)[: len(actions)]
+        if not np.isin(rewards, (-1, 0)).all():
+            raise ValueError(f"{place} has rewards other than -1 and 0: name a binary task's file")
+        successes = np.flatnonzero(rewards == 0)
+        steps = successes[0] + 1 if len(successes) else len(actions)
+        next_observations = None
+        if "next_observations" in given:
+            next_observations = plain_observations(given["next_observations"])[:steps]
+        part = trajectory(
+            place,
+            plain_observations(given["observations"])[:steps],
+            actions[:steps],
+            rewards[:steps],
+            rewards[:steps] == 0,
+            next_observations,
+        )
+        parts.append(part)
+    return joined(parts, source), {}
+
+
+def plain_observations(observations) -> np.ndarray:
+    """(T, d) float32, also from a list of dictionaries with a state_observation each."""
+    rows = []
+    for observation in observations:
+        if isinstance(observation, dict):
+            observation = observation["state_observation"]
+        rows.append(observation)
+    return np.array(rows, dtype=np.float32)
+
+
 # ------------------------------ D4RL's format
 READERS = {
     "minari": read_minari,
@@ -634,6 +688,7 @@ READERS = {
     "d3rlpy": read_d3rlpy,
     "arrays": read_arrays,
     "ogbench": read_ogbench,
+    "adroit-binary": read_adroit_binary,
 }
 
 
@@ -719,7 +774,7 @@ def choose_format(args: Args) -> str:
     if not Path(args.source).exists():
         if re.fullmatch(r"[\w./-]+-v\d+", args.source):
             return "minari"  # an id, or a folder that is not there
-        fix = "name a file, a folder or the id of a Minari data set, which ends in -v and a number"
+        fix = "name a file, a folder or the id of a Minari dataset, which ends in -v and a number"
         raise ValueError(f"there is no {args.source}: {fix}")
     fix = "name its --format, or save plain arrays with np.savez"
     raise ValueError(f"{args.source} is damaged, or in no format that is recognised: {fix}")
@@ -734,6 +789,9 @@ def check_args(args: Args) -> None:
         raise ValueError(f"there is no folder {output.parent}: name a file in one that exists")
     if args.format not in ("auto", "minari") and not Path(args.source).exists():
         raise ValueError(f"there is no {args.source}: name a file or a folder")
+    if args.format == "adroit-binary" and not args.allow_pickle:
+        risk = "is a pickle, and reading it runs whatever program is in it"
+        raise ValueError(f"{args.source} {risk}: add --allow-pickle if you trust where it is from")
 
 
 def convert(args: Args) -> tuple[dict[str, np.ndarray], dict]:

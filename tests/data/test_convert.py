@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -942,3 +943,75 @@ def test_help(capsys):
     parsed = [convert.tyro.cli(convert.Args, args=command[2:]) for command in commands]
     assert [args.keys for args in parsed] == [None, "observation,desired_goal", None]
     assert [args.action_low for args in parsed] == [None, None, "-2"]
+
+
+# ------------------------------ Adroit's binary tasks
+def write_binary(path, with_next=True, nested=False):
+    """Two trajectories of four steps, pickled: success at the third step, and none."""
+    rng = np.random.default_rng(0)
+    trajectories = []
+    for rewards in ([-1, -1, 0, 0, 0], [-1, -1, -1, -1, -1]):  # one reward too many, as theirs have
+        states = rng.normal(size=(5, 3)).astype(np.float32)
+        observations = list(states[:4])
+        if nested:
+            observations = [{"state_observation": state} for state in observations]
+        given = {"observations": observations, "actions": rng.uniform(-1, 1, (4, 2))}
+        given |= {"rewards": np.array(rewards), "terminals": np.zeros(4)}
+        if with_next:
+            given["next_observations"] = list(states[1:])
+        trajectories.append(given)
+    np.save(path, np.array(trajectories, dtype=object), allow_pickle=True)
+    return str(path), trajectories
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("with_next", [False, True])
+def test_adroit_binary(with_next, nested, tmp_path):
+    """A trajectory ends with its first success, as a terminal; one without success is cut off."""
+    source, (first, second) = write_binary(tmp_path / "demos.npy", with_next, nested)
+    output = str(tmp_path / "x.hdf5")
+    convert.main([source, output, "--format", "adroit-binary", "--allow-pickle"])
+    with h5py.File(output) as file:
+        arrays = {name: file[name][:] for name in file}
+    kept = ~arrays["timeouts"]
+    steps = 4 if with_next else 3  # else the last step's next state is not known
+    assert arrays["rewards"][kept].tolist() == [-1, -1, 0] + [-1] * steps
+    assert arrays["terminals"][kept].tolist() == [False, False, True] + [False] * steps
+    actions = np.concatenate([first["actions"][:3], second["actions"][:steps]])
+    np.testing.assert_allclose(arrays["actions"][kept], actions, rtol=1e-6)
+
+
+def test_pickles_are_read_only_if_allowed(tmp_path, capsys):
+    """Without the flag nothing is unpickled, and the sentence says what it would mean."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path(tmp_path / "exploded").touch, ())
+
+    np.save(tmp_path / "bomb.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    command = [str(tmp_path / "bomb.npy"), str(tmp_path / "x.hdf5"), "--format", "adroit-binary"]
+    with pytest.raises(SystemExit) as caught:
+        convert.main(command)
+    assert caught.value.code == 2
+    assert "--allow-pickle if you trust where it is from" in capsys.readouterr().err
+    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "x.hdf5").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"observations": [[0.0]], "actions": [[0.0]]}], "has no observations, actions and"),
+        (
+            [{"observations": [[0.0]], "actions": [[0.0]], "rewards": [0.5]}],
+            "rewards other than -1 and 0",
+        ),
+    ],
+)
+def test_no_binary_trajectories(content, message, tmp_path, capsys):
+    """What is in the file is named."""
+    np.save(tmp_path / "a.npy", np.array(content, dtype=object), allow_pickle=True)
+    command = [str(tmp_path / "a.npy"), str(tmp_path / "x.hdf5"), "--format", "adroit-binary"]
+    with pytest.raises(SystemExit):
+        convert.main([*command, "--allow-pickle"])
+    assert message in capsys.readouterr().err
