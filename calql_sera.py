@@ -470,8 +470,11 @@ def mc_returns(
 
 def added_columns(transitions: dict[str, np.ndarray], args: Args) -> dict[str, np.ndarray]:
     """What the buffer stores beside whole trajectories, whose rewards are scaled already."""
-    # In AntMaze a step that does not arrive has reward 0, which is --reward-bias here.
-    failure_reward = args.reward_bias if args.env.startswith("antmaze-") else None
+    failure_reward = None
+    if args.env.startswith("antmaze-"):  # a step that does not arrive has reward 0
+        failure_reward = args.reward_bias
+    if "-binary-" in args.env:  # Adroit's have -1 there
+        failure_reward = args.reward_bias - args.reward_scale
     rewards, episode_ends = transitions["rewards"], transitions["episode_ends"]
     return {"mc_returns": mc_returns(rewards, episode_ends, args.gamma, failure_reward)}
 

@@ -98,10 +98,20 @@ def test_returns_in_the_buffer():
     np.testing.assert_allclose(returns, np.concatenate(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("env", "first"), [("hopper-medium-v2", -2.71), ("antmaze-umaze-v2", -10)])
-def test_rule_for_failures_is_for_antmaze(env, first):
-    """There a step that does not arrive has reward 0, which is --reward-bias once it is shifted."""
-    args = recompute.make_args(calql_sera, env=env, gamma=0.9, reward_bias=-1.0)
+@pytest.mark.parametrize(
+    ("env", "scale", "bias", "first"),
+    [
+        ("hopper-medium-v2", 1, -1, -2.71),
+        ("antmaze-umaze-v2", 1, -1, -10),  # a failing step has reward 0 there, which is the bias
+        ("antmaze-umaze-v2", 2, -1, -10),
+        ("pen-binary-v0", 4, 3, -10),  # and -1 here: 4 * -1 + 3
+        ("pen-human-v1", 4, 3, -2.71),
+    ],
+)
+def test_rule_for_failures_is_for_sparse_tasks(env, scale, bias, first):
+    """Three steps of -1, as trained on, would have gone on like that, in AntMaze and binary tasks."""
+    changes = {"env": env, "gamma": 0.9, "reward_scale": scale, "reward_bias": bias}
+    args = recompute.make_args(calql_sera, **changes)
     transitions = {"rewards": np.full(3, -1.0), "episode_ends": np.array(ONCE, dtype=bool)}
     returns = calql_sera.added_columns(transitions, args)["mc_returns"]
     assert returns[0] == pytest.approx(first, rel=1e-6)
