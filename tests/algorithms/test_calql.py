@@ -109,7 +109,7 @@ def test_returns_in_the_buffer():
     ],
 )
 def test_rule_for_failures_is_for_sparse_tasks(env, scale, bias, first):
-    """Three steps of -1, as trained on, would have gone on like that, in AntMaze and binary tasks."""
+    """Three steps of -1, as trained on, would have gone on so, in AntMaze and binary tasks."""
     changes = {"env": env, "gamma": 0.9, "reward_scale": scale, "reward_bias": bias}
     args = recompute.make_args(calql_sera, **changes)
     transitions = {"rewards": np.full(3, -1.0), "episode_ends": np.array(ONCE, dtype=bool)}
