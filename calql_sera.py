@@ -157,7 +157,7 @@ ADROIT = {
     "critic_layers": 3,
     "cql_weight": 1.0,
 }
-BINARY = {"offline_steps": 20_000, "eval_every": 5_000, "reward_scale": 10.0, "reward_bias": 5.0}
+BINARY = {"offline_steps": 20_000, "eval_every": 2_000, "reward_scale": 10.0, "reward_bias": 5.0}
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 3_000, "online_steps": 1_500, "eval_every": 500},
     "pendulum-mini": {

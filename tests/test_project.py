@@ -143,7 +143,7 @@ def test_commands_and_options(page):
     Those of a script's own page are that script's.
     """
     text = page.read_text()
-    known = {"--help", "--no-deps", "--index-url", "--logdir"}  # of pip, uv and so on
+    known = {"--help", "--no-deps", "--index-url", "--logdir", "--with"}  # of pip, uv and so on
     for path in ROOT.glob(f"{page.stem}.py" if page.stem in SCRIPTS else "*_sera.py"):
         known |= options_of(path)
     for command in re.findall(r"(?:python|uv run) ([\w/]+\.py[^`#|\n]*)", text):

@@ -79,6 +79,7 @@ def make_run(script: ModuleType, script_args: Any, folder: Path, rows: int) -> A
         device=device,
         run_dir=folder,
         data_sha256="0" * 64,
+        varying_dims=torch.arange(task.observation_dim),
     )
     script.store_bonus_q(run, script_args, 0, buffer.size)
     return run

@@ -573,6 +573,8 @@ def test_presets(script):
     for robot in script.TASKS:
         ids |= {f"{robot}-{kind}-v2" for kind in script.KINDS}
     assert len(ids - antmaze.DATASETS.keys()) == 24 + len(script.BUNDLED)
+    for task in ("pen", "door", "hammer", "relocate"):  # Adroit's module is an optional one
+        ids |= {f"{task}-human-v1", f"{task}-binary-v0"}
     for start, preset in script.PRESETS.items():
         assert any(env.startswith(start) for env in ids), start
         for name, value in preset.items():
