@@ -311,13 +311,15 @@ def test_no_horizon_no_length():
         ([], 3, []),
         ([0, 0, 0, 0, 0, 0, 0], 3, [2, 5]),
         ([0, 0, 1, 0, 0, 0, 0], 3, [2, 5]),
+        ([0, 1, 0, 0, 0, 0, 0], 3, [3, 6]),  # after a terminal d4rl counts from 1
+        ([1, 1, 1, 0, 0, 0], 3, [4]),
         ([0, 0, 0], 3, [2]),
         ([0, 0], 3, []),
         ([0, 0, 0], 1, [0, 1, 2]),
     ],
 )
 def test_counted_time_outs(terminals, horizon, expected):
-    """Every horizon-th step since the last time-out, by hand."""
+    """Every horizon-th step since the last time-out, one less since a terminal, by hand."""
     timeouts = calql_sera.counted_timeouts(np.array(terminals, bool), horizon)
     assert timeouts.dtype == bool and timeouts.shape == (len(terminals),)
     assert np.flatnonzero(timeouts).tolist() == expected
