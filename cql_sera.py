@@ -1030,9 +1030,8 @@ def download(url: str, path: Path, sha256: str | None, timeout: float = 30) -> s
     say(f"downloading {url}")
     try:
         torch.hub.download_url_to_file(url, str(part), sha256)
-        h5py.File(
-            part, locking=False
-        ).close()  # without a checksum this refuses a page of text and half a file
+        # Where no checksum is known, this refuses a page of text and half a file.
+        h5py.File(part, locking=False).close()
         part.rename(path)
     except Exception as error:  # whatever the network may raise
         part.unlink(missing_ok=True)
