@@ -129,6 +129,7 @@ UPDATE_BUDGETS = {
 }
 OFFLINE_BATCH_BUDGET = 4
 MIXED_BATCH_BUDGET = 6
+BOTH_BATCH_BUDGET = 5
 BONUS_BUDGET = 18
 
 
@@ -160,8 +161,10 @@ def test_operations_of_a_batch(script, hopper_run):
     run, _ = hopper_run
     offline = count_operations(lambda: run.buffer.sample(script.BatchRows(256, 0)))
     mixed = count_operations(lambda: run.buffer.sample(script.BatchRows(128, 128)))
-    assert offline["index"] == mixed["index"] == 1
+    both = count_operations(lambda: run.buffer.sample(script.BatchRows(both=256)))
+    assert offline["index"] == mixed["index"] == both["index"] == 1
     assert offline.total() <= OFFLINE_BATCH_BUDGET
+    assert both.total() <= BOTH_BATCH_BUDGET
     assert mixed.total() <= MIXED_BATCH_BUDGET
 
 
