@@ -29,7 +29,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 STATES = Box(-np.inf, np.inf, (2,))
-LOW, HIGH = np.array([-0.3, 1.0, -7.0]), np.array([2.0, 1.5, 0.1])
+LOW, HIGH = np.array([-0.3, 1.0, -7.0]), np.array([0.1, 1.5, 0.1])
 
 
 class Slider(gymnasium.Env):
@@ -193,15 +193,29 @@ def test_an_id_is_made_once(monkeypatch):
 
 
 def test_d4rl_ids_stay_what_they_are():
-    """They have their scores, their files, and no other bounds than they had."""
+    """They have their scores and their horizons."""
     task = calql_sera.find_task("hopper-medium-v2")
     assert task[:6] == ("Hopper-v4", 11, 3, -20.272305, 3234.3, 1000)
     assert calql_sera.normalized_score("hopper-medium-v2", 3234.3) == pytest.approx(100)
-    for env in ("hopper-medium-v2", "hopper-medium-mini", "antmaze-umaze-v2"):
-        wrappers = calql_sera.make_env(env)
-        while wrappers is not wrappers.unwrapped:
-            assert not isinstance(wrappers, gymnasium.wrappers.RescaleAction), env
-            wrappers = wrappers.env
+
+
+@pytest.mark.parametrize("env", ["hopper-medium-v2", "hopper-medium-mini", "antmaze-umaze-v2"])
+def test_d4rl_actions_stay_what_they_are(env, monkeypatch):
+    """They reach the environment to the last bit, and its bounds are what they were."""
+    made = calql_sera.make_env(env)
+    received = []
+    step = made.unwrapped.step
+
+    def note(action):
+        received.append(action)
+        return step(action)
+
+    monkeypatch.setattr(made.unwrapped, "step", note)
+    made.reset(seed=0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (20, *made.action_space.shape))
+    for action in actions.astype(np.float32):
+        made.step(action)
+        assert received[-1].tobytes() == action.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -323,7 +337,7 @@ def step_once(env, action):
 def test_actions_are_rescaled(script, kind):
     """-1 is the lower bound, 1 the upper one, all between in proportion, each by its own bounds."""
     env = script.make_env(f"sliders:{kind}-v0")
-    low, high = np.array([-0.3, 1.0, -7.0]), np.array([2.0, 1.5, 0.1])
+    low, high = np.array([-0.3, 1.0, -7.0]), np.array([0.1, 1.5, 0.1])
     for action in ([-1, -1, -1], [0, 0, 0], [1, 1, 1], [-1, 0.5, 1], [0.25, -0.5, 0.125]):
         received = step_once(env, action)
         expected = low + (np.array(action) + 1) / 2 * (high - low)
@@ -339,12 +353,15 @@ def test_actions_beyond_the_bounds_are_clipped():
         np.testing.assert_array_equal(step_once(env, 3 * np.array(action)), expected)
 
 
-def test_rescaled_actions_are_within_the_bounds():
-    """An environment that checks its actions against its space finds none outside."""
-    env = calql_sera.make_env("sliders:Slider-v0")
+@pytest.mark.parametrize("kind", ["Slider", "Double"])
+def test_rescaled_actions_are_within_the_bounds(kind):
+    """An environment that checks its actions finds none outside: -0.3 + (0.1 + 0.3) exceeds 0.1."""
+    env = calql_sera.make_env(f"sliders:{kind}-v0")
+    space = env.unwrapped.action_space
     for action in ([-1, -1, -1], [1, 1, 1]):
         received = step_once(env, action)
-        assert env.unwrapped.action_space.contains(received.astype(np.float32)), received
+        assert received.dtype == space.dtype
+        assert space.contains(received), received
 
 
 def test_rescaling_warns_of_nothing():
