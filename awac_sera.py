@@ -59,6 +59,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 # Before torch is imported. Threads that wait should sleep: else one busy neighbour on a core makes
@@ -496,7 +497,8 @@ def train(run: "Run", args: Args) -> None:
             start_online_phase(run, args)
         online_phase(run, args)
     run.writer.close()
-    returns = [row[3] for row in run.evals[-args.eval_episodes :]]
+    column = EVAL_COLUMNS.index("return")
+    returns = [row[column] for row in run.evals[-args.eval_episodes :]]
     say(f"final {result_of(args.env, returns)}")
 
 
@@ -828,7 +830,7 @@ def find_task(dataset_id: str) -> Task:
     return TASKS[robot]._replace(file=file, sha256=CHECKSUMS.get(dataset_id))
 
 
-def import_from_envs(name: str, dataset_id: str):
+def import_from_envs(name: str, dataset_id: str) -> ModuleType:
     """A module of envs/, which registers its environments. ValueError where it is not there."""
     try:
         return importlib.import_module(f"envs.{name}")
@@ -869,8 +871,9 @@ def own_task(env_id: str) -> Task:
 def known_ids() -> list[str]:
     """What one may have meant: D4RL's ids of the latest version, and Gymnasium's."""
     for family in set(FAMILIES.values()):
-        with contextlib.suppress(ValueError):  # no file of that name is here
-            import_from_envs(family, family)  # registers its ids
+        # Registers its ids, where its file and what that needs are there.
+        with contextlib.suppress(ImportError, gymnasium.error.DependencyNotInstalled):
+            importlib.import_module(f"envs.{family}")
     robots = [f"{robot}-{kind}-v2" for robot in TASKS for kind in KINDS]
     return [*BUNDLED, *robots, *gymnasium.registry]
 
@@ -924,7 +927,10 @@ def fetch_from_d4rl(task: Task) -> Path:
         for url in urls:
             if path.is_file():  # somebody else was faster
                 break
-            reasons.append(download(url, path, task.sha256))
+            try:
+                download(url, path, task.sha256)
+            except Exception as error:  # whatever the network may raise
+                reasons.append(f"{url}: {first_line(error)}")
     except OSError as error:
         reasons.append(f"{cache}: {error.strerror}")
     finally:
@@ -935,8 +941,8 @@ def fetch_from_d4rl(task: Task) -> Path:
     raise FileNotFoundError(f"could not download {name} ({'; '.join(reasons)}): {fix}")
 
 
-def download(url: str, path: Path, sha256: str | None, timeout: float = 30) -> str:
-    """Put what url has at path, if that is whole; else the reason why not.
+def download(url: str, path: Path, sha256: str | None, timeout: float = 30) -> None:
+    """Put what url has at path, if that is whole, else raise whatever went wrong.
 
     timeout: in seconds, of each answer.
     """
@@ -951,12 +957,9 @@ def download(url: str, path: Path, sha256: str | None, timeout: float = 30) -> s
         # Where no checksum is known, this refuses a page of text and half a file.
         h5py.File(part, locking=False).close()
         part.rename(path)
-    except Exception as error:  # whatever the network may raise
-        part.unlink(missing_ok=True)
-        return f"{url}: {first_line(error)}"
     finally:
+        part.unlink(missing_ok=True)
         socket.setdefaulttimeout(usual_timeout)
-    return ""
 
 
 FORMATS = {  # of other libraries, and what their files hold
@@ -1302,7 +1305,8 @@ def rescale_actions(env: gymnasium.Env) -> gymnasium.Env:
 
 def is_of_gym_mujoco(task: Task) -> bool:
     """Whether it is D4RL's hopper, halfcheetah, walker2d or ant, and not one's own."""
-    return any(task[:5] == robot[:5] for robot in TASKS.values())
+    robots = {robot.env_id for robot in TASKS.values()}
+    return task.env_id in robots and task.random_return is not None
 
 
 def make_env(
@@ -1399,6 +1403,9 @@ def evaluate(
     return returns, lengths, successes
 
 
+EVAL_COLUMNS = ("phase", "step", "episode", "return", "length", "normalized_score")
+
+
 def run_evaluation(run: "Run", args: Args) -> None:
     """Evaluate, log, and rewrite evals.csv. Start states depend on phase and step alone."""
     seeds = np.random.SeedSequence([run.phase == "online", run.step])
@@ -1411,20 +1418,19 @@ def run_evaluation(run: "Run", args: Args) -> None:
     returns, lengths, successes = evaluate(policy, run.eval_envs, seeds)
     if args.capture_video:
         run.eval_envs[0].get_wrapper_attr("stop_recording")()
-    for episode, (value, length) in enumerate(zip(returns.tolist(), lengths.tolist())):
-        score = normalized_score(args.env, value)
-        score = None if score is None else float(score)  # an empty cell
-        run.evals.append((run.phase, run.step, episode, value, length, score))
+    scores = normalized_score(args.env, returns)
+    cells = [None] * len(returns) if scores is None else scores.tolist()  # None: an empty one
+    for episode, row in enumerate(zip(returns.tolist(), lengths.tolist(), cells)):
+        run.evals.append((run.phase, run.step, episode, *row))
     with open(run.run_dir / "evals.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["phase", "step", "episode", "return", "length", "normalized_score"])
+        writer.writerow(EVAL_COLUMNS)
         writer.writerows(run.evals)
     step = run.total_step(args)
     run.writer.add_scalar("eval/return", returns.mean(), step)
     run.writer.add_scalar("eval/length", lengths.mean(), step)
     if not np.isnan(successes).any():
         run.writer.add_scalar("eval/success", successes.mean(), step)
-    scores = normalized_score(args.env, returns)
     if scores is not None:
         run.writer.add_scalar("eval/normalized_score", scores.mean(), step)
     run.progress.set_postfix_str(result_of(args.env, returns))
@@ -1669,7 +1675,7 @@ OFFLINE_RESUME_MAY_CHANGE = {
     "updates_per_step",
     "online_sampling",
     "mixing_ratio",
-    "bc_online",
+    "bc_online",  # this and the next are TD3+BC's
     "bc_anneal_steps",
     "sera_coef",
     "sera_k",
@@ -1964,12 +1970,12 @@ def load_data(args: Args) -> tuple[dict[str, np.ndarray] | None, str | None, str
     path = fetch_dataset(args.env, args.dataset_path)
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    is_d4rl_s = bool(task.sha256) and sha256.startswith(task.sha256)
-    if task.sha256 and not args.dataset_path and not is_d4rl_s:
+    genuine = bool(task.sha256) and sha256.startswith(task.sha256)
+    if task.sha256 and not args.dataset_path and not genuine:
         fix = "delete it, and it will be fetched again"
         raise ValueError(f"{path} is not D4RL's file (its SHA-256 is another): {fix}")
     data = load_d4rl(args.env, path, args.clip_actions)
-    if args.dataset_path and not is_d4rl_s:
+    if args.dataset_path and not genuine:
         check_trajectories(data, task, path)
     if args.env.startswith("antmaze-") and not (data["rewards"] > 0).any():
         fix = "give a file with successes"

@@ -107,7 +107,9 @@ class Case(NamedTuple):
     given: str = ""  # what of theirs was changed, so that both sides mean the same
 
 
-COSINE = {"offline_steps": 100}  # so that the policy's rate falls within a few updates
+# The policy's rate falls within a few updates.
+COSINE = {"actor_lr_schedule": "cosine", "offline_steps": 100}
+OTHER_ORDER = "V after its step; Adam's epsilon halved"
 EXP = {"advantage_weights": "exp", "awac_lambda": 1 / 3}
 THREE = {"actor_layers": 3, "critic_layers": 3}  # CORL has no other policies
 LAGRANGE = {"cql_lagrange": True, "cql_gap": 0.8}
@@ -115,8 +117,9 @@ ANTMAZE = LAGRANGE | {"cql_max_target_backup": True}  # as the preset
 CASES = [
     Case("TD3+BC", "td3bc_sera", "td3_bc", Td3Bc, {}),
     Case("TD3+BC", "td3bc_sera", "corl", CorlTd3Bc, {}),
-    Case("IQL", "iql_sera", "iql", Iql, COSINE),
-    Case("IQL", "iql_sera", "corl", CorlIql, COSINE, "V after its step; Adam's epsilon halved"),
+    Case("IQL", "iql_sera", "iql", Iql, {}),
+    Case("IQL, cosine", "iql_sera", "iql", Iql, COSINE),
+    Case("IQL, cosine", "iql_sera", "corl", CorlIql, COSINE, OTHER_ORDER),
     Case("AWAC", "awac_sera", "rlkit", Rlkit, {}, "sampled actions cut"),
     Case("AWAC, exp", "awac_sera", "corl", CorlAwac, EXP, "policy as rlkit's; losses before steps"),
     Case("SAC", "sac_sera", "cql", SacOfCqlAuthors, {}, "log sigma in [-5, 2], untransformed"),

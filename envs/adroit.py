@@ -35,19 +35,21 @@ if PACKAGE is None:
 MODELS = Path(PACKAGE.origin).parent / "envs" / "assets" / "adroit_hand"
 
 
-class Task(NamedTuple):
+class Sizes(NamedTuple):
+    """Of a task."""
+
     observation_dim: int
     action_dim: int
     random_return: float  # which D4RL scores as 0
     expert_return: float  # which D4RL scores as 100
-    horizon: int  # steps
+    horizon: int  # steps of an episode
 
 
 TASKS = {
-    "pen": Task(45, 24, 96.262799, 3076.8331017826877, 100),
-    "door": Task(39, 28, -56.512833, 2880.5693087298737, 200),
-    "hammer": Task(46, 26, -274.856578, 12794.134825156867, 200),
-    "relocate": Task(39, 30, -6.425911, 4233.877797728884, 200),
+    "pen": Sizes(45, 24, 96.262799, 3076.8331017826877, 100),
+    "door": Sizes(39, 28, -56.512833, 2880.5693087298737, 200),
+    "hammer": Sizes(46, 26, -274.856578, 12794.134825156867, 200),
+    "relocate": Sizes(39, 30, -6.425911, 4233.877797728884, 200),
 }
 
 

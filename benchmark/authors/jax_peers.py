@@ -216,6 +216,7 @@ class Iql(JaxPeer):
                 expectile=args.expectile,
                 temperature=args.beta,
                 max_steps=args.offline_steps,
+                opt_decay_schedule="cosine" if args.actor_lr_schedule == "cosine" else None,
             )
         self.names = self.find_names()
 

@@ -584,6 +584,8 @@ def rebuild(study: Path) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=arguments)
     try:
+        if not args.folders:
+            raise BadInput("no folder was named: give a study, docs/results, or folders of runs")
         if all((folder / "evals.csv").is_file() for folder in args.folders):
             draw_runs(args.folders, args.output)
             print(args.output)

@@ -158,7 +158,8 @@ def check_critics(path: Path, grid: dict, name: str) -> None:
         raise ValueError(f"{path}: {name} needs --sera-critic random, and only --sera-*")
 
 
-# An offline phase of its own is no offline-only run: what a script would do otherwise in that case.
+# A shared offline phase runs with --online-steps 0, but others go on from it. What a script would do
+# in such a run only if it ended there has to be switched off.
 WITH_ONLINE_PHASE = {"iql_sera": "--actor-lr-schedule constant"}
 
 

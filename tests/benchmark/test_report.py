@@ -374,6 +374,12 @@ def test_no_raw_evaluations(study, capsys):
     assert sorted(path.name for path in bare.iterdir()) == ["grid.toml", "runs", "table.md"]
 
 
+def test_no_folder(capsys):
+    """It says what to name, and does not take the lack of folders for a list of runs."""
+    assert report.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: no folder was named: give a study")
+
+
 def test_coverage_without_raw_evaluations(study, capsys):
     """coverage.md comes from coverage.csv alone, so it is rebuilt all the same."""
     (study / "coverage.csv").write_text(

@@ -631,9 +631,10 @@ def test_somebody_else_was_faster(cache, sources, monkeypatch):
 
     def download(url, path, *others):
         tried.append(url)
-        reason = original(url, path, *others)
-        path.touch()
-        return reason
+        try:
+            original(url, path, *others)
+        finally:
+            path.touch()
 
     monkeypatch.setattr(calql_sera, "download", download)
     assert calql_sera.fetch_dataset(ENV) == cache / FILE

@@ -189,7 +189,6 @@ def test_download_without_locks(name, no_locks, data, tmp_path, monkeypatch, cap
 
     def download(url, path, sha256):
         shutil.copy(data, path)
-        return ""
 
     monkeypatch.setattr(sac_sera, "download", download)
     path = sac_sera.fetch_dataset(ENV)
