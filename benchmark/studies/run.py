@@ -158,8 +158,8 @@ def check_critics(path: Path, grid: dict, name: str) -> None:
         raise ValueError(f"{path}: {name} needs --sera-critic random, and only --sera-*")
 
 
-# A shared offline phase runs with --online-steps 0, but others go on from it. What a script would do
-# in such a run only if it ended there has to be switched off.
+# A shared offline phase has --online-steps 0, but other runs go on from it: what a script does only
+# in a run that ends there has to be switched off.
 WITH_ONLINE_PHASE = {"iql_sera": "--actor-lr-schedule constant"}
 
 

@@ -532,7 +532,8 @@ def test_time_out(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     before = calql_sera.socket.getdefaulttimeout()
-    calql_sera.download("http://example.org", tmp_path / "x", None, timeout=7)
+    with pytest.raises(OSError):
+        calql_sera.download("http://example.org", tmp_path / "x", None, timeout=7)
     assert seen == [7]
     assert calql_sera.socket.getdefaulttimeout() == before
 
