@@ -55,6 +55,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -137,8 +138,7 @@ def read_grid(path: Path) -> dict:
     for script in grid["scripts"]:
         if not (ROOT / f"{script}.py").is_file():
             raise ValueError(f"{path}: there is no script {script}.py")
-    words = shlex.split(grid["options"])
-    if "--online-steps" not in words[:-1]:
+    if value_of("--online-steps", grid["options"]) is None:
         raise ValueError(f"{path}: options name no --online-steps")
     for name, given in grid["variants"].items():
         if isinstance(given, dict):
@@ -167,6 +167,12 @@ def names_of(options: str) -> set[str]:
     """The arguments that options set."""
     flags = [word for word in shlex.split(options) if word.startswith("--")]
     return {flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in flags}
+
+
+def value_of(flag: str, options: str) -> str | None:
+    """What options give for a flag, the last time they do."""
+    values = [value for word, value in pairwise(shlex.split(options)) if word == flag]
+    return values[-1] if values else None
 
 
 def only_online(script: str, options: str) -> bool:
@@ -212,9 +218,9 @@ def variant_run(grid_file: Path, grid: dict, key: tuple[str, str, str, int], out
     common = common_options(grid, script, env, seed)
     own = given["options"]
     run = Run(name, script, f"{common} {own}", out, csv=csv)
-    if only_online(script, own):
-        words = shlex.split(common)
-        steps = words[words.index("--online-steps") + 1]
+    has_offline_phase = value_of("--offline-steps", common) != "0"
+    if has_offline_phase and only_online(script, own):
+        steps = value_of("--online-steps", common)
         start = offline_run(script, common, out)
         run = replace(run, options=f"--online-steps {steps} {own}", start=start)
     if "critics" in given:
@@ -337,8 +343,7 @@ def watched(run: Run) -> dict[str, float]:
     """Means of numbers that a run logged in the last fifth of its online steps."""
     events = EventAccumulator(str(run.folder), {"scalars": 0})  # 0: all of them
     events.Reload()
-    words = shlex.split(run.options)
-    online_steps = int(words[words.index("--online-steps") + 1])
+    online_steps = int(value_of("--online-steps", run.options))
     means = {}
     for metric in sorted({*WATCHED} & {*events.Tags()["scalars"]}):
         logged = events.Scalars(metric)

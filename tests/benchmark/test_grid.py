@@ -181,6 +181,15 @@ def test_variants_of_the_online_phase_share_the_offline_one(tmp_path):
         assert (args.online_steps, args.actor_lr_schedule) == (0, "constant")
 
 
+def test_runs_from_scratch_share_nothing(tmp_path):
+    """Without an offline phase there is none to start from: each variant is one run."""
+    text = GRID.replace("--offline-steps 6", "--offline-steps 0 --mixing-ratio 0")
+    runs = run.plan(grid_file(tmp_path / "scratch", text), tmp_path)
+    assert [each.start for each in runs] == [None] * 4
+    assert all("--offline-steps 0" in each.options for each in runs)
+    assert len({each.folder for each in runs}) == 4
+
+
 def test_watched(tmp_path):
     """Means of the last fifth of the online steps, of what is logged there; a rerun replaces it."""
     item = run.Run("b", "x_sera", "--online-steps 100", tmp_path, csv=tmp_path / "b.csv")
