@@ -1664,8 +1664,8 @@ def say(text: str) -> None:
 
 def check_finite(run: "Run", logs: dict[str, Tensor]) -> None:
     """FloatingPointError if a number to log or a parameter is NaN or infinite."""
-    for name, value in (logs | run.agent.state_dict()).items():
-        if not torch.as_tensor(value).isfinite().all():
+    for name, value in (logs | dict(run.agent.named_parameters())).items():
+        if not value.isfinite().all():
             raise FloatingPointError(
                 f"{name} became NaN or infinite by {run.phase} step {run.step}: "
                 f"{run.run_dir} has the last good checkpoint"

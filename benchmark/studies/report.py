@@ -187,10 +187,11 @@ def read_grid(path: Path) -> dict:
     if grid["baseline"] not in (None, *grid["variants"]):
         raise BadInput(f"{path}: the baseline {grid['baseline']!r} is none of the variants")
     for name, given in grid["variants"].items():
-        if isinstance(given, dict):  # with the critics behind the bonus
-            if not {"options", "critics"} <= given.keys():
-                raise BadInput(f"{path}: the variant {name} has no options, or no critics")
-            grid["variants"][name] = f"{given['options']} (critics: {given['critics']})"
+        if isinstance(given, dict):  # with another bonus, or other critics behind it
+            more = [f"({key}: {given[key]})" for key in ("bonus", "critics") if key in given]
+            if not more:
+                raise BadInput(f"{path}: the variant {name} has neither a bonus nor critics")
+            grid["variants"][name] = " ".join([given.get("options", ""), *more]).strip()
     return grid
 
 

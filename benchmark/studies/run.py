@@ -31,6 +31,9 @@ containers, CUDA finds no card: a log.txt then says cpu, and --no-mps helps. Sho
 killed with SIGKILL, MPS stays: `CUDA_MPS_PIPE_DIRECTORY=/tmp/mps-.../pipe nvidia-cuda-mps-control`
 and then `quit` ends it.
 
+A variant may be a table, {options = "...", bonus = "rnd"}: benchmark/other_bonuses.py then puts
+that bonus into the script.
+
 [critics] is for studies of the bonus's critics: name = options of an offline run, say few =
 "--offline-steps 1000" or other = "--seed 101"; a variant given as {options = "...", critics =
 "few"} gets the networks of that run behind its bonus. It has to say --sera-critic random, which
@@ -103,15 +106,18 @@ class Run:
     start: "Run | None" = None  # whose checkpoint is copied and resumed
     critics: "Run | None" = None  # whose networks stand behind the bonus
     csv: Path | None = None  # where its evals.csv is gathered
+    bonus: str = ""  # one of other_bonuses.py
 
     def command(self, threads: int = 1) -> list[str]:
         """The words of the command; --resume starts a run where there is none yet.
 
         The threads are no part of the options, and so not of the name of the folder either.
         """
-        program = [sys.executable, str(ROOT / f"{self.script}.py"), "--threads", str(threads)]
+        program = [str(ROOT / f"{self.script}.py"), "--threads", str(threads)]
+        if self.bonus:
+            program = [str(ROOT / "benchmark" / "other_bonuses.py"), self.bonus, *program]
         options = shlex.split(self.options)
-        return [*program, *options, "--run-dir", str(self.folder), "--resume"]
+        return [sys.executable, *program, *options, "--run-dir", str(self.folder), "--resume"]
 
     def before(self) -> list["Run"]:
         """The runs that have to end before this one can start."""
@@ -142,18 +148,23 @@ def read_grid(path: Path) -> dict:
         raise ValueError(f"{path}: options name no --online-steps")
     for name, given in grid["variants"].items():
         if isinstance(given, dict):
-            check_critics(path, grid, name)
+            check_table(path, grid, name)
         else:
             grid["variants"][name] = {"options": given}
     return grid
 
 
-def check_critics(path: Path, grid: dict, name: str) -> None:
-    """ValueError unless a variant with other critics says what it needs."""
+def check_table(path: Path, grid: dict, name: str) -> None:
+    """ValueError unless a variant with another bonus or other critics says what it needs."""
     given = grid["variants"][name]
-    if given.get("critics") not in grid.get("critics", {}):
+    own = given.setdefault("options", "")
+    unknown = given.keys() - {"options", "bonus", "critics"}
+    if unknown:
+        raise ValueError(f"{path}: {name} has {min(unknown)}: give options, bonus or critics")
+    if "critics" not in given:
+        return
+    if given["critics"] not in grid.get("critics", {}):
         raise ValueError(f"{path}: the critics of {name} are not in [critics]")
-    own = given.get("options", "")
     if "--sera-critic random" not in own or not only_the_bonus(own):
         raise ValueError(f"{path}: {name} needs --sera-critic random, and only --sera-*")
 
@@ -223,6 +234,7 @@ def variant_run(grid_file: Path, grid: dict, key: tuple[str, str, str, int], out
         steps = value_of("--online-steps", common)
         start = offline_run(script, common, out)
         run = replace(run, options=f"--online-steps {steps} {own}", start=start)
+    run = replace(run, bonus=given.get("bonus", ""))
     if "critics" in given:
         other = grid["critics"][given["critics"]]
         run = replace(run, critics=offline_run(script, f"{common} {other}", out))
@@ -235,6 +247,8 @@ def origin(run: Run) -> str:
     if run.start:
         words.append(run.start.options.removesuffix(" --online-steps 0"))
     words.append(run.options)
+    if run.bonus:
+        words.append(f"(bonus: {run.bonus})")
     if run.critics:
         words.append(f"(bonus: {run.critics.options})")
     return " ".join(" ".join(words).split())

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,7 @@ def test_grid(tmp_path, mps_log, monkeypatch):
             '{ options = "--sera-k 3", critics = "few" }',
             "--sera-critic random",
         ),
+        ('"--sera-scale dim"', '{ option = "--sera-k 3" }', "sera has option: give options"),
     ],
 )
 def test_bad_grid(old, new, part, tmp_path):
@@ -188,6 +190,21 @@ def test_runs_from_scratch_share_nothing(tmp_path):
     assert [each.start for each in runs] == [None] * 4
     assert all("--offline-steps 0" in each.options for each in runs)
     assert len({each.folder for each in runs}) == 4
+
+
+def test_another_bonus(tmp_path):
+    """Such a variant starts through other_bonuses.py, from the same offline phase as the others."""
+    text = GRID.replace('"--sera-scale dim"', '{ bonus = "rnd", options = "--sera-coef 0.5" }')
+    runs = run.plan(grid_file(tmp_path / "a", text), tmp_path)
+    rnd = next(each for each in runs if "__sera__" in each.name)
+    plain = next(each for each in runs if "__plain__" in each.name)
+    program, bonus, script, *_ = rnd.command()[1:]
+    names = Path(program).name, bonus, Path(script).name
+    assert names == ("other_bonuses.py", "rnd", "td3bc_sera.py")
+    assert Path(plain.command()[1]).name == "td3bc_sera.py"
+    assert rnd.start == plain.start and rnd.folder != plain.folder
+    assert run.origin(rnd).endswith("--sera-coef 0.5 (bonus: rnd)")
+    assert run.origin(rnd) != run.origin(replace(rnd, bonus="counts"))
 
 
 def test_watched(tmp_path):

@@ -309,7 +309,7 @@ BAD = {
     "variant without critics": (
         "grid.toml",
         GRID.replace('sera = ""', 'sera = { options = "" }'),
-        "the variant sera has no options, or no critics",
+        "the variant sera has neither a bonus nor critics",
     ),
     "unknown baseline": (
         "grid.toml",
