@@ -55,7 +55,8 @@ Normalized scores, mean ± standard deviation over n seeds; the score of a seed 
 episodes of an evaluation. **final**: the last online evaluation, never the best. **last five**: the
 mean of the last five online ones, of a noisy policy the better number. **offline**: the last
 offline one. **dip**: offline minus the lowest online evaluation (the more and the noisier
-evaluations, the larger). **area**: mean height of the online curve, by trapezoids.
+evaluations, the larger). **area**: mean height of the online curve, by trapezoids. A study without
+an online phase has final, last five and area of the offline one.
 """
 COMPARISON_NOTE = """
 **IQM**: mean of the final scores without the lowest and the highest quarter (rounded down: with
@@ -140,22 +141,26 @@ def interval(samples: Sequence[np.ndarray], statistic: Callable, axis: int = -1)
     return found.confidence_interval
 
 
-def measures(run: pd.DataFrame) -> pd.Series:
-    """One run's numbers from its evaluations in order; NaN, and -1 as `last`, where it has none."""
+def measures(run: pd.DataFrame, phase: str) -> pd.Series:
+    """One run's numbers from its evaluations in order; NaN, and -1 as `last`, where it has none.
+
+    phase: the one that the study is about.
+    """
     offline = run.loc[run["phase"] == "offline", "score"].to_numpy()
-    online = run.loc[run["phase"] == "online", "score"].to_numpy()
-    steps = run.loc[run["phase"] == "online", "step"].to_numpy()
+    scores = run.loc[run["phase"] == phase, "score"].to_numpy()
+    steps = run.loc[run["phase"] == phase, "step"].to_numpy()
     numbers = dict.fromkeys(NUMBERS, math.nan)
     numbers["last"] = -1
     if len(offline):
         numbers["offline"] = offline[-1]
-    if len(online):
-        numbers["final"] = online[-1]
-        numbers["last five"] = online[-5:].mean()
-        numbers["dip"] = numbers["offline"] - online.min()
+    if len(scores):
+        numbers["final"] = scores[-1]
+        numbers["last five"] = scores[-5:].mean()
         numbers["last"] = steps[-1]
-    if len(online) > 1:
-        numbers["area"] = np.trapezoid(online, steps) / (steps[-1] - steps[0])
+    if len(scores) and phase == "online":
+        numbers["dip"] = numbers["offline"] - scores.min()
+    if len(scores) > 1:
+        numbers["area"] = np.trapezoid(scores, steps) / (steps[-1] - steps[0])
     return pd.Series(numbers)
 
 
@@ -246,7 +251,7 @@ def read_runs(paths: list[Path], keys: list[tuple]) -> pd.DataFrame:
     return scores.rename("score").reset_index()
 
 
-def with_states(runs: pd.DataFrame, keys: list[tuple]) -> pd.DataFrame:
+def with_states(runs: pd.DataFrame, keys: list[tuple], phase: str = "online") -> pd.DataFrame:
     """A row for each run asked for; numbers only if it got as far as the others of its task."""
     runs = runs.reindex(pd.MultiIndex.from_tuples(keys, names=KEYS))
     last = runs["last"]
@@ -256,9 +261,9 @@ def with_states(runs: pd.DataFrame, keys: list[tuple]) -> pd.DataFrame:
         if math.isnan(reached):
             states.append("missing")
         elif reached < 0:
-            states.append("no online evaluation")
+            states.append(f"no {phase} evaluation")
         elif reached < asked:
-            states.append(f"{reached:,.0f} of {asked:,.0f} online steps")
+            states.append(f"{reached:,.0f} of {asked:,.0f} {phase} steps")
         else:
             states.append("finished")
     runs["state"] = states
@@ -546,7 +551,8 @@ def report(study: Path, grid: dict, paths: list[Path]) -> None:
     """Write table.md and curves.png of a study from its raw evaluations."""
     keys = run_keys(grid)
     evals = read_runs(paths, keys)
-    runs = with_states(evals.groupby(KEYS).apply(measures), keys)
+    phase = "online" if (evals["phase"] == "online").any() else "offline"
+    runs = with_states(evals.groupby(KEYS).apply(measures, phase), keys, phase)
     variants = []
     for name, options in grid["variants"].items():
         variants.append([name, f"`{options}`" if options else ""])

@@ -229,9 +229,9 @@ def variant_run(grid_file: Path, grid: dict, key: tuple[str, str, str, int], out
     common = common_options(grid, script, env, seed)
     own = given["options"]
     run = Run(name, script, f"{common} {own}", out, csv=csv)
-    has_offline_phase = value_of("--offline-steps", common) != "0"
-    if has_offline_phase and only_online(script, own):
-        steps = value_of("--online-steps", common)
+    steps = value_of("--online-steps", common)
+    both_phases = "0" not in (value_of("--offline-steps", common), steps)
+    if both_phases and only_online(script, own):
         start = offline_run(script, common, out)
         run = replace(run, options=f"--online-steps {steps} {own}", start=start)
     run = replace(run, bonus=given.get("bonus", ""))

@@ -183,12 +183,18 @@ def test_variants_of_the_online_phase_share_the_offline_one(tmp_path):
         assert (args.online_steps, args.actor_lr_schedule) == (0, "constant")
 
 
-def test_runs_from_scratch_share_nothing(tmp_path):
-    """Without an offline phase there is none to start from: each variant is one run."""
-    text = GRID.replace("--offline-steps 6", "--offline-steps 0 --mixing-ratio 0")
-    runs = run.plan(grid_file(tmp_path / "scratch", text), tmp_path)
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("--offline-steps 6", "--offline-steps 0 --mixing-ratio 0"),
+        ("--online-steps 12", "--online-steps 0"),
+    ],
+)
+def test_runs_of_one_phase_share_nothing(old, new, tmp_path):
+    """Where a phase is missing there is nothing to start from: each variant is one run."""
+    runs = run.plan(grid_file(tmp_path / "study", GRID.replace(old, new)), tmp_path)
     assert [each.start for each in runs] == [None] * 4
-    assert all("--offline-steps 0" in each.options for each in runs)
+    assert all(new in each.options for each in runs)
     assert len({each.folder for each in runs}) == 4
 
 

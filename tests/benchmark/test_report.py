@@ -202,12 +202,21 @@ def test_no_offline_phase(study):
     assert f"{row}| 50.0 / 60.0 | 39.3 / 46.7 |\n" in table(study)
 
 
+def test_no_online_phase(study):
+    """Offline only: scores are those of the offline phase, and there is no dip."""
+    for path in (study / "runs").iterdir():
+        path.write_text(re.sub(r"(?m)^online.*\n", "", path.read_text()))
+    # 5 at step 10, then 40 and 44
+    row = "| a_sera | e1 | plain | 2 | 42.0 ± 2.8 | 23.5 ± 1.4 | 42.0 ± 2.8 | - | 23.5 ± 1.4 "
+    assert f"{row}| 40.0 / 44.0 | 22.5 / 24.5 |\n" in table(study)
+
+
 def test_last_five():
     """Five and no more, of the online phase alone."""
     scores = [90.0, 80.0, *range(7)]
     phases = ["offline"] * 2 + ["online"] * 7
     run = pd.DataFrame({"phase": phases, "step": range(9), "score": scores})
-    assert report.measures(run)["last five"] == 4  # of 2 to 6
+    assert report.measures(run, "online")["last five"] == 4  # of 2 to 6
 
 
 def test_numbers_to_watch(study):
