@@ -160,8 +160,8 @@ PRESETS = {
         "critic_lr": 1e-3,
         "hidden_dim": 64,
     },
-    "walker2d": {"sera_k": 20},
-    "antmaze": {
+    "walker2d-": {"sera_k": 20},
+    "antmaze-": {
         "offline_steps": 1_000_000,
         "eval_every": 25_000,
         "eval_episodes": 100,
@@ -1803,12 +1803,16 @@ def lock_run_dir(run_dir: Path) -> filelock.BaseFileLock:
     return lock
 
 
+# What a file system without locks answers; the last two are one number on Linux and two on macOS.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+
 def acquire(lock: filelock.BaseFileLock, timeout: float = -1) -> None:
     """Take a lock, or go on with a warning where the file system has none."""
     try:
         lock.acquire(timeout=timeout)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in NO_LOCKS:
             raise
         folder = Path(lock.lock_file).parent
         say(f"{folder} has no locks ({error.strerror}): going on, let no other run use it")

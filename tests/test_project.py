@@ -148,7 +148,8 @@ def test_commands_and_options(page):
         known |= options_of(path)
     for command in re.findall(r"(?:python|uv run) ([\w/]+\.py[^`#|\n]*)", text):
         file, *words = command.split()
-        own = options_of(ROOT / file) | {"--help"}
+        files = [file, *(word for word in words if word.endswith(".py"))]
+        own = set().union({"--help"}, *(options_of(ROOT / name) for name in files))
         given = {word.split("=")[0] for word in words if word.startswith("--")}
         assert given <= own, command
         known |= own

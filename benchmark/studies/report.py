@@ -581,7 +581,8 @@ def rebuild(study: Path) -> bool:
         report(study, grid, paths)
         print(study / "table.md")
     else:
-        print(f"{study.resolve().name}: no raw evaluations, table.md left as it is")
+        kept = ", table.md left as it is" if (study / "table.md").exists() else ""
+        print(f"{study.resolve().name}: no raw evaluations{kept}")
     if (study / "coverage.csv").exists():  # needs no evaluations
         coverage(study, grid, run_keys(grid))
         print(study / "coverage.md")

@@ -588,6 +588,12 @@ def test_presets(script):
         assert args == script.Args(**expected), env
 
 
+def test_presets_are_not_for_other_ids(script):
+    """A module of one's own may be named like a family of datasets."""
+    for env in ("antmaze_tools:Maze-v0", "walker2d_v9:Walker-v0", "hopper2:Hopper-v0"):
+        assert script.parse_args(["--env", env]) == script.Args(env=env)
+
+
 def test_presets_of_longer_starts_win(script, monkeypatch):
     """Where two presets of a dataset name the same argument, whatever their order in the table."""
     for starts in (("hopper", "hopper-medium-m"), ("hopper-medium-m", "hopper")):
