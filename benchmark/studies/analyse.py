@@ -1,6 +1,6 @@
 """What the evaluations of a grid do not tell: where its runs have been, how wrong their values are.
 
-    python benchmark/studies/analyse.py docs/results/conditioning/grid.toml [--out runs/grids]
+    python benchmark/studies/analyse.py docs/results/other_bonuses/grid.toml [--out runs/grids]
 
 reads the last checkpoint of each run in --out (see run.py) and writes, beside the grid file,
 
