@@ -120,10 +120,11 @@ class Today:
 
     modes = tuple(MODES)
 
-    def __init__(self, script: ModuleType, folder: Path, device: str):
+    def __init__(self, script: ModuleType, folder: Path, device: str, options: str = ""):
         self.script = script
         self.folder = folder  # has data.hdf5; runs are put there
         self.device = device
+        self.options = options  # of the script, beside the usual ones
 
     def case(self, kind: str, mode: str) -> Case:
         """kind: one of KINDS."""
@@ -149,7 +150,8 @@ class Today:
 
     def parsed_args(self, coefficient: str) -> Any:
         options = f"{OPTIONS} --dataset-path {self.folder}/data.hdf5 --device {self.device} "
-        options += f"--run-dir {tempfile.mkdtemp(dir=self.folder)} --sera-coef {coefficient}"
+        options += f"--run-dir {tempfile.mkdtemp(dir=self.folder)} --sera-coef {coefficient} "
+        options += self.options
         return self.script.parse_args(options.split())
 
     def start(self, mode: str, coefficient: str) -> tuple[Any, Any]:

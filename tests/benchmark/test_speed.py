@@ -12,6 +12,7 @@ from conftest import ROOT, SCRIPTS
 
 sys.path.insert(0, str(ROOT / "benchmark" / "speed"))
 import bonus
+import bonuses
 import checkpoint
 import count
 import parts
@@ -315,6 +316,21 @@ def test_bonus_alone(tmp_path, capsys):
     assert 13 < memory["plain", 40] < 2 * bonus.plain_mebibytes(300, 40)
     assert all(line["milliseconds"] > 0 for line in lines)
     assert capsys.readouterr().out.splitlines()[-1].endswith("| - | about 1,030 |")
+
+
+def test_cost_of_each_bonus(capsys, monkeypatch):
+    """A row for each, in the order of the table; and no script there is is an error."""
+    monkeypatch.setattr(subjects, "OPTIONS", subjects.OPTIONS + SMALL)
+    monkeypatch.setattr(subjects, "WARM_UP", 2)
+    write_data = functools.partial(subjects.write_data, rows=600)
+    monkeypatch.setattr(bonuses, "write_data", write_data)
+    assert bonuses.main(bonuses.Args(seconds=0, rounds=1)) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    names = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    assert names == [bonuses.PLAIN, *bonuses.OPTIONS, *bonuses.OTHERS]
+    assert rows[0].endswith("| - |") and all(row.endswith(" ms |") for row in rows[1:])
+    assert bonuses.main(bonuses.Args(script="none")) == 2
+    assert capsys.readouterr().err == "error: there is no script none.py\n"
 
 
 def test_parts_of_an_update():
