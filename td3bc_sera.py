@@ -132,7 +132,7 @@ class Args:
     sera_scale: Literal["none", "dim"] = "none"  # as printed, or states / dim and standardised q
 
     # ------------------------------ TD3+BC arguments
-    online_sampling: Literal["append", "mix"] = "mix"  # draw from all transitions alike, or mix
+    online_sampling: Literal["append", "mix"] = "append"  # draw from all transitions alike, or mix
     actor_lr: float = 3e-4  # learning rate of the policy
     critic_lr: float = 3e-4  # learning rate of critics
     hidden_dim: int = 256  # width of the hidden layers

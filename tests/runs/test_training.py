@@ -163,7 +163,7 @@ def test_when_online_rows_count(script, run_script):
     From scratch there is no update before the rows make a batch, here of four.
     """
     options = ["--online-steps", "20", "--batch-size", "4", "--sera-k", "2"]
-    options += [*FROM_SCRATCH, "--learning-starts", "0"]
+    options += [*FROM_SCRATCH, "--learning-starts", "0", "--online-sampling", "mix"]
     run = run_script(script, *options, make_env=scripted_env)
     waits = script is calql_sera
     expected = [7] * 9 + [16] * 4 if waits else list(range(4, 20))
