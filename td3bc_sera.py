@@ -149,16 +149,22 @@ class Args:
 
 # What differs from the defaults, by the start of --env; longer starts win. The defaults are the
 # authors' for all of Gym-MuJoCo. AntMaze: r - 1 is CORL's, states as they are the authors'. Adroit:
-# the lengths alone. sera_k: the SERA paper's.
+# the lengths alone. sera_k: the SERA paper's. Bundled data: too short a phase for append.
 ADROIT = {"offline_steps": 1_000_000, "eval_every": 25_000}
 PRESETS = {
-    "hopper-medium-mini": {"offline_steps": 5_000, "online_steps": 2_500, "eval_every": 500},
+    "hopper-medium-mini": {
+        "offline_steps": 5_000,
+        "online_steps": 2_500,
+        "eval_every": 500,
+        "online_sampling": "mix",
+    },
     "pendulum-mini": {
         "offline_steps": 5_000,
         "online_steps": 5_000,
         "eval_every": 500,
         "actor_lr": 1e-3,
         "critic_lr": 1e-3,
+        "online_sampling": "mix",
         "hidden_dim": 64,
         "bc_alpha": 40.0,
     },
