@@ -509,6 +509,9 @@ def wait_for_all(pending: dict, grid_file: Path) -> dict[str, str]:
 
 def run_all(runs: list[Run], args: Args) -> int:
     """Run on Ray; 1 if a run failed."""
+    if not runs:
+        print("0 runs, 0 failed")
+        return 0
     cpus = None if args.address else args.jobs * args.threads
     with shared_gpu(args):
         try:

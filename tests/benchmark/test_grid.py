@@ -82,7 +82,7 @@ def started_and_quit_once(log: Path) -> bool:
     return (first, last) == ("-d", "quit") and folder == same and not Path(folder).exists()
 
 
-def test_grid(tmp_path, mps_log, monkeypatch):
+def test_grid(tmp_path, mps_log, monkeypatch, capsys):
     """2 variants x 2 seeds, and one that fails: what is run, gathered, shared, skipped."""
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')  # Ray takes it for granted
     grid = grid_file(tmp_path / "study", GRID + BROKEN)
@@ -118,9 +118,13 @@ def test_grid(tmp_path, mps_log, monkeypatch):
     # CSV is not.
     grid.write_text(GRID.replace("{}", ""))
     shutil.rmtree(tmp_path / "out")
-    assert start(grid, tmp_path / "out").stdout == "0 runs, 0 failed\n"
+    capsys.readouterr()
+    again = [str(grid), "--out", str(tmp_path / "out")]
+    assert run.main(again) == 0
+    assert capsys.readouterr().out == "0 runs, 0 failed\n"
     gathered.unlink()
-    lines = start(grid, tmp_path / "out", "--dry-run").stdout.splitlines()
+    assert run.main([*again, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and "--online-steps 0" in lines[0] and "--seed 2" in lines[0]
     assert lines[1].startswith("mkdir -p") and lines[1].endswith("--resume")
     assert "td3bc_sera.py --threads 1 --" in lines[1]
@@ -128,12 +132,9 @@ def test_grid(tmp_path, mps_log, monkeypatch):
 
     # Other options under the same names are no reason to skip.
     grid.write_text(GRID.replace("{}", "--gamma 0.9 "))
-    done = start(grid, tmp_path / "out")
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("error: ")
-        and "other options" in done.stderr
-    )
+    assert run.main(again) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "other options" in error
 
 
 @pytest.mark.parametrize(

@@ -420,22 +420,19 @@ def test_flipped_bytes_of_a_checkpoint(name, finished, resume):
 
 # ------------------------------ the command line
 def test_damage_from_outside(checkpoint_of, finished, tmp_path):
-    """The script as a program: five data files and five checkpoints end in code 2 and one line."""
+    """The script as a program: damaged data and checkpoints end in code 2 and one line.
+
+    Each takes a process: all other damage is done to the functions, above.
+    """
     original = finished("calql_sera")
     checkpoint = checkpoint_of("calql_sera")
     body = (original / "checkpoint.pt").read_bytes()
     checkpoints = {
         "cut": body[: len(body) // 2],
-        "no phase": as_bytes(edited(checkpoint, ("phase",), None)) + body[-32:],
-        "another script": sealed(as_bytes(checkpoint | {"script": "cql_sera"})),
-        "no arguments": sealed(as_bytes(edited(checkpoint, ("args",), None))),
         "object": sealed(as_bytes(checkpoint | {"evals": Trap(tmp_path / "executed")})),
     }
     arrays = [
-        ("one text", "rewards"),
-        ("null dataspace", "observations"),
         ("external link to nothing", "actions"),
-        ("complex", "terminals"),
         ("broken gzip", "timeouts"),
     ]
     commands = {}
@@ -459,7 +456,7 @@ def test_damage_from_outside(checkpoint_of, finished, tmp_path):
         as_expected = done.returncode == 2 and done.stdout == ""
         as_expected &= done.stderr.startswith("error: ") and one_line(done.stderr)
         outcomes[case] = "refused" if as_expected else f"{done.returncode}: {done.stderr[-200:]}"
-    assert len(outcomes) == 10
+    assert len(outcomes) == 4
     assert_only(["refused"], outcomes)
     assert corrupt.contents(tmp_path) == before
 
