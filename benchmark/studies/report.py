@@ -422,8 +422,9 @@ def set_ticks(axis: Axes, panel: pd.DataFrame) -> None:
 
 
 def learning_curves(path: Path, grid: dict, evals: pd.DataFrame) -> None:
-    """A panel for each script and env; the offline phase takes the left third, in its own scale."""
-    tasks = list(itertools.product(grid["scripts"], grid["envs"]))
+    """A panel for each script and env with runs; the offline phase is on the left, in its scale."""
+    there = set(evals[TASK].itertuples(index=False, name=None))
+    tasks = [task for task in itertools.product(grid["scripts"], grid["envs"]) if task in there]
     columns = len(grid["envs"]) if len(grid["envs"]) > 1 else min(3, len(tasks))
     looks = line_looks(grid["variants"])
     figure, axes = panels(len(tasks), columns, looks)
