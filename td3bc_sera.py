@@ -149,7 +149,8 @@ class Args:
 
 # What differs from the defaults, by the start of --env; longer starts win. The defaults are the
 # authors' for all of Gym-MuJoCo. AntMaze: r - 1 is CORL's, states as they are the authors'. Adroit:
-# the lengths alone. sera_k: the SERA paper's. Bundled data: too short a phase for append.
+# the lengths alone. sera_k: the SERA paper's. With the two bundled datasets the online phase is too
+# short for append, which would draw few online transitions.
 ADROIT = {"offline_steps": 1_000_000, "eval_every": 25_000}
 PRESETS = {
     "hopper-medium-mini": {

@@ -62,7 +62,7 @@ class RunningMoments(nn.Module):
 class Novelty(nn.Module):
     """RND's two networks: a predictor learns what the other, random one says of a state.
 
-    It learns it where there are many states, so that its error is large for rare ones.
+    It learns that where there are many states, so that its error is large for rare ones.
     """
 
     def __init__(self, script: ModuleType, observation_dim: int, hidden_dim: int, on_gpu: bool):
@@ -119,7 +119,8 @@ def use_rnd(script: ModuleType) -> None:
     @torch.compiler.disable
     def intrinsic_reward(agent, batch, varying_dims, args, log, pool=None):
         bonus = agent.novelty.learn(batch["observations"])
-        return args.sera_coef * bonus, numbers_to_watch(bonus) if log else {}
+        logs = numbers_to_watch(bonus) if log else {}
+        return args.sera_coef * bonus, logs
 
     script.Agent = AgentWithNovelty
     script.intrinsic_reward = intrinsic_reward
@@ -127,9 +128,10 @@ def use_rnd(script: ModuleType) -> None:
 
 # ------------------------------ counts
 def simhash(observations: Tensor, directions: Tensor) -> Tensor:
-    """Codes (B,) of states (B, d): on which side of each direction (d, bits) a state lies."""
-    sides = (observations @ directions > 0).long()
-    return (sides << torch.arange(directions.shape[1], device=sides.device)).sum(-1)
+    """Codes (B,) of states (B, d): bit b says on which side of direction b (d, bits) one lies."""
+    bits = (observations @ directions > 0).long()
+    weights = 2 ** torch.arange(directions.shape[1], device=bits.device)
+    return (bits * weights).sum(-1)
 
 
 def use_counts(script: ModuleType) -> None:
@@ -161,7 +163,8 @@ def use_counts(script: ModuleType) -> None:
 
     def intrinsic_reward(agent, batch, varying_dims, args, log, pool=None):
         bonus = batch["visits"].rsqrt()
-        return args.sera_coef * bonus, numbers_to_watch(bonus) if log else {}
+        logs = numbers_to_watch(bonus) if log else {}
+        return args.sera_coef * bonus, logs
 
     script.ReplayBuffer = CountingBuffer
     script.intrinsic_reward = intrinsic_reward

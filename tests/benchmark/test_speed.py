@@ -79,10 +79,10 @@ def test_case(subject, kind, monkeypatch):
         case.call()
     online = kind != "offline"
     kinds = [inputs[-1] for inputs in updates]
+    online_rows = (0, 0, 32) if script.Args().online_sampling == "append" else (16, 16, 0)
     for step in kinds:
         assert step.online == online
-        mixed = (0, 0, 32) if script.Args().online_sampling == "append" else (16, 16, 0)
-        assert step.rows == (mixed if online else (32, 0, 0))
+        assert step.rows == (online_rows if online else (32, 0, 0))
         assert not step.log
     assert len(updates) >= 2
     assert len(bonuses) == (len(updates) if kind.endswith("1") else 0)
