@@ -469,13 +469,15 @@ def mc_returns(
     return returns.astype(np.float32)
 
 
-def added_columns(transitions: dict[str, np.ndarray], args: Args) -> dict[str, np.ndarray]:
-    """What the buffer stores beside whole trajectories, whose rewards are scaled already."""
+def added_columns(
+    transitions: dict[str, np.ndarray], args: Args, reward_scale: float
+) -> dict[str, np.ndarray]:
+    """What the buffer stores beside whole trajectories; rewards times reward_scale, plus bias."""
     failure_reward = None
     if args.env.startswith("antmaze-"):  # a step that does not arrive has reward 0
         failure_reward = args.reward_bias
-    if "-binary-" in args.env:  # Adroit's have -1 there
-        failure_reward = args.reward_bias - args.reward_scale
+    if args.env in ("pen-binary-v0", "door-binary-v0", "relocate-binary-v0"):  # -1 there
+        failure_reward = -reward_scale + args.reward_bias
     rewards, episode_ends = transitions["rewards"], transitions["episode_ends"]
     return {"mc_returns": mc_returns(rewards, episode_ends, args.gamma, failure_reward)}
 
@@ -501,16 +503,16 @@ def sample_cql_actions(
 
 
 def conservative_term(
-    q_data: Tensor, q_sampled: Tensor, log_densities: Tensor, mc_returns: Tensor
+    q_data: Tensor, q_sampled: Tensor, log_densities: Tensor, returns: Tensor
 ) -> Tensor:
     """C_j of eqs. (2) and (3), (2,).
 
     q_data (2, B); q_sampled (2, B, 3n) and log_densities (B, 3n) in the order of
-    sample_cql_actions; mc_returns (B,).
+    sample_cql_actions; returns: R of the batch, (B,).
     """
     n = log_densities.shape[1] // 3
     q_uniform, q_policy = q_sampled.split([n, 2 * n], dim=-1)
-    calibrated = torch.maximum(q_policy, mc_returns[:, None])
+    calibrated = torch.maximum(q_policy, returns[:, None])
     q_sampled = torch.cat([q_uniform, calibrated], dim=-1)
     return ((q_sampled - log_densities).logsumexp(-1) - q_data).mean(1)
 
@@ -640,6 +642,8 @@ def start_online_phase(run: "Run", args: Args) -> None:
     run.step = 0
     if args.sera_critic == "offline":
         run.bonus_agent.load_state_dict(run.agent.state_dict())
+    elif args.sera_critic == "current":
+        run.bonus_agent = run.agent
     store_bonus_q(run, args, 0, run.buffer.size)
 
 
@@ -986,6 +990,9 @@ def own_task(env_id: str) -> Task:
             raise ValueError(f"--env {env_id} has the {name} {space}: {fix}")
     if not actions.is_bounded():
         raise ValueError(f"--env {env_id} has actions without bounds ({actions}): give some bounds")
+    if env.spec.max_episode_steps is None:
+        fix = "register it with max_episode_steps, unless it ends every episode itself"
+        say(f"--env {env_id} has no time limit: {fix}")
     return Task(env_id, states.shape[0], actions.shape[0], horizon=env.spec.max_episode_steps)
 
 
@@ -1024,7 +1031,7 @@ def fetch_dataset(dataset_id: str, dataset_path: str | None = None) -> Path:
 def fetch_from_d4rl(task: Task) -> Path:
     """A file of D4RL's, from its cache, else from the first source that has it whole.
 
-    Starts at the same time download it once. FileNotFoundError if no source has it.
+    Runs that start at the same time download the file once. FileNotFoundError if no source has it.
     """
     cache = os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
     if cache.startswith("~"):
@@ -1176,7 +1183,7 @@ def check_arrays(raw: dict[str, np.ndarray], task: Task, dataset_id: str, path: 
     for name, array in raw.items():
         shape = rows + widths.get(name, ())
         if array.shape == (*shape, 1):  # rewards of v1 medium-replay
-            array = array[:, 0]
+            array = array[..., 0]
         if array.shape != shape or array.dtype.kind not in "fbiu":
             found = f"{array.dtype} {array.shape}, but {dataset_id} needs numbers, {shape}"
             raise ValueError(f"{name} in {path} is {found}: give a file in D4RL's format")
@@ -1257,7 +1264,7 @@ class ReplayBuffer:
         self.args = args
         self.device = device
         self.columns: dict[str, slice | int] = {}  # where in a row each quantity stands
-        self.table = torch.empty(0)  # made by the first append
+        self.table = torch.empty(0)  # laid out by the first append
         self.size = 0
         self.online_count = torch.zeros((), dtype=torch.float64, device=device)  # online_size
         self.capacity = args.online_steps
@@ -1294,7 +1301,7 @@ class ReplayBuffer:
             "terminals": transitions["terminals"],
             "online": np.full(len(rewards), online),
         }
-        columns |= added_columns(transitions | {"rewards": rewards}, self.args)
+        columns |= added_columns(transitions | {"rewards": rewards}, self.args, self.reward_scale)
         if bonus_q_is_stored(self.args):
             columns["bonus_q"] = np.full(len(rewards), np.nan)  # until store_bonus_q
         if not self.columns:
@@ -1354,7 +1361,18 @@ class ReplayBuffer:
 def stack_transitions(transitions: list[tuple]) -> dict[str, np.ndarray]:
     """A list of transitions as the columns that load_d4rl gives."""
     names = ("observations", "actions", "rewards", "next_observations", "terminals", "episode_ends")
-    return {name: np.array(values) for name, values in zip(names, zip(*transitions))}
+    columns = zip(*transitions)
+    return {name: np.array(values) for name, values in zip(names, columns)}
+
+
+def no_transitions(task: Task) -> dict[str, np.ndarray]:
+    """The columns that load_d4rl gives, without a row."""
+    vectors = {"observations": task.observation_dim, "next_observations": task.observation_dim}
+    vectors |= {"actions": task.action_dim}
+    columns = {name: np.empty((0, width), dtype=np.float32) for name, width in vectors.items()}
+    for name in ("rewards", "terminals", "episode_ends"):
+        columns[name] = np.empty(0, dtype=np.float32)
+    return columns
 
 
 def bonus_q_is_stored(args: Args) -> bool:
@@ -1506,7 +1524,8 @@ def evaluate(
     policy: (E, d) -> (E, a). A success is one at any step, by the environment's info["success"];
     NaN where it tells nothing of the kind.
     """
-    observations = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
+    starts = [env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)]
+    observations = np.stack(starts, dtype=np.float64)  # a start of whole numbers takes others too
     returns = np.zeros(len(envs))
     lengths = np.zeros(len(envs), dtype=int)
     successes = np.full(len(envs), np.nan)
@@ -1623,12 +1642,16 @@ def save_checkpoint(run: Run, args: Args) -> None:
     content = io.BytesIO()
     torch.save(checkpoint, content)
     part = run.run_dir / "checkpoint.tmp"
-    with open(part, "wb") as file:
-        file.write(content.getbuffer())
-        file.write(hashlib.sha256(content.getbuffer()).digest())  # torch notices little damage
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, run.run_dir / "checkpoint.pt")
+    try:
+        with open(part, "wb") as file:
+            file.write(content.getbuffer())
+            file.write(hashlib.sha256(content.getbuffer()).digest())  # torch notices little damage
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, run.run_dir / "checkpoint.pt")
+    except OSError as error:
+        fix = f"make room, then go on with --run-dir {run.run_dir} --resume"
+        raise OSError(f"{part} cannot be written ({error.strerror}): {fix}") from None
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -1655,14 +1678,21 @@ def restore(run: Run, args: Args, checkpoint: dict) -> None:
     """Put a checkpoint into a freshly made run. ValueError if that has other data."""
     if checkpoint["data_sha256"] != run.data_sha256:
         fix = "name its own with --dataset-path"
-        raise ValueError(f"--resume: the run in {run.run_dir} has another data file: {fix}")
+        raise ValueError(f"--resume: the run in {args.run_dir} has another data file: {fix}")
     run.phase = checkpoint["phase"]
     run.step = checkpoint["step"]
     run.evals = checkpoint["evals"]
     run.train_scores = checkpoint["train_scores"]
-    run.bonus_agent.load_state_dict(checkpoint["bonus_agent"])
-    run.agent.load_state_dict(checkpoint["agent"])  # last: they may be the same
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    if run.phase == "online" and args.sera_critic == "current":
+        run.bonus_agent = run.agent
+    try:
+        run.bonus_agent.load_state_dict(checkpoint["bonus_agent"])
+        run.agent.load_state_dict(checkpoint["agent"])
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError):
+        found = f"the networks in {args.run_dir} are not those of this script"
+        fix = "undo what changed them, or start anew in another --run-dir"
+        raise ValueError(f"--resume: {found}: {fix}") from None
     prepare_optimizer(run.optimizer, run.device)  # the checkpoint may come from another device
     if run.scheduler:
         run.scheduler.load_state_dict(checkpoint["scheduler"])
@@ -1832,6 +1862,11 @@ def expand_paths(args: Args) -> None:
         setattr(args, name, value and os.path.expanduser(value))
 
 
+# Arguments, or the ends of their names; no script has all of them.
+FROM_0_TO_1 = ("gamma", "tau", "mixing_ratio", "actor_dropout", "expectile")
+AT_LEAST_0 = ("_lr", "_noise", "noise_clip", "weight_decay")
+
+
 def check_args(args: Args) -> None:
     """ValueError for values that would fail late, or silently do something else."""
     for name, value in asdict(args).items():
@@ -1840,10 +1875,12 @@ def check_args(args: Args) -> None:
             least = 0 if name.endswith(("_steps", "seed", "_starts", "_pool")) else 1
             if value < least:
                 raise ValueError(f"{flag} is {value}: give a whole number of at least {least}")
-        elif name in ("gamma", "tau", "mixing_ratio", "actor_dropout") and not 0 <= value <= 1:
+        elif name in FROM_0_TO_1 and not 0 <= value <= 1:
             raise ValueError(f"{flag} is {value}: give a number from 0 to 1")
-        elif name.endswith("_lr") and not 0 <= value < math.inf:
+        elif name.endswith(AT_LEAST_0) and not 0 <= value < math.inf:
             raise ValueError(f"{flag} is {value}: give a finite number of at least 0")
+        elif name == "awac_lambda" and not 0 < value < math.inf:
+            raise ValueError(f"{flag} is {value}: give a finite number above 0")
         elif type(value) is float and not math.isfinite(value):
             raise ValueError(f"{flag} is {value}: give a finite number")
     if args.seed >= 2**63:
@@ -1854,6 +1891,9 @@ def check_args(args: Args) -> None:
     if from_scratch and args.online_steps <= args.learning_starts:
         fix = f"give less than --online-steps {args.online_steps}, or nothing is learned"
         raise ValueError(f"--learning-starts is {args.learning_starts}: {fix}")
+    if from_scratch and args.online_steps <= args.batch_size:
+        fix = f"give less than --online-steps {args.online_steps}, or nothing is learned"
+        raise ValueError(f"--batch-size is {args.batch_size}: {fix}")
     needs_neighbours = args.sera_coef and args.sera_bonus != "constant"
     if needs_neighbours and args.sera_pool == 0 and args.sera_k >= args.batch_size:
         fix = f"give less than --batch-size {args.batch_size}"
@@ -1945,9 +1985,14 @@ def new_run_dir(args: Args) -> Path:
     name = f"runs/{env}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     for number in range(1, 1000):
         run_dir = Path(name if number == 1 else f"{name}_{number}")
-        with contextlib.suppress(FileExistsError):
+        try:
             run_dir.mkdir(parents=True)
-            return run_dir
+        except FileExistsError:
+            continue
+        except OSError as error:
+            found = f"{run_dir} cannot be made ({error.strerror})"
+            raise ValueError(f"{found}: name another folder with --run-dir") from None
+        return run_dir
     raise ValueError(f"{name} and a thousand others are there: name a folder with --run-dir")
 
 
@@ -1975,7 +2020,7 @@ def choose_matmul(device: torch.device) -> None:
 def choose_threads(run: Run, args: Args) -> int:
     """CPU threads: as --threads or OMP_NUM_THREADS say, else by timing updates with a few numbers.
 
-    More threads have to be a fifth faster, and never are they all of a large machine's.
+    More threads are taken only if they are a fifth faster; four at most.
     """
     if args.threads:
         return args.threads
@@ -2004,15 +2049,20 @@ def updates_per_second(run: Run, args: Args, threads: int, seconds: float = 0.4)
     torch.set_num_threads(threads)
     agent, optimizer = copy.deepcopy((run.agent, run.optimizer))
     kind = StepKind(False, BatchRows(dataset=args.batch_size), policy_due=True, log=False)
-    count = -2  # the first two warm up
+
+    def one_update() -> None:
+        update(agent, optimizer, run.buffer.sample(kind.rows), args, kind)
+
+    for _ in range(2):  # these warm up
+        one_update()
+    count = 0
     start = time.perf_counter()
     while count < 2 or time.perf_counter() - start < seconds:
-        update(agent, optimizer, run.buffer.sample(kind.rows), args, kind)
+        one_update()
         count += 1
-        if count == 0:
-            start = time.perf_counter()
+    rate = count / (time.perf_counter() - start)
     torch.set_num_threads(all_threads)
-    return count / (time.perf_counter() - start)
+    return rate
 
 
 def keep_large_blocks() -> None:
@@ -2021,7 +2071,8 @@ def keep_large_blocks() -> None:
         return
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    libc.mallopt(mmap_threshold, 2**30)
+    if not libc.mallopt(mmap_threshold, 2**30):
+        libc.mallopt(mmap_threshold, 2**25)  # the most that older versions take
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 
@@ -2044,7 +2095,7 @@ def set_up(
     optimizer, scheduler = make_optimizer(agent, args)
     run = Run(
         agent=agent,
-        bonus_agent=agent if args.sera_critic == "current" else copy.deepcopy(agent),
+        bonus_agent=copy.deepcopy(agent),
         optimizer=optimizer,
         scheduler=scheduler,
         buffer=ReplayBuffer(data, args, device),
@@ -2052,6 +2103,8 @@ def set_up(
         device=device,
         data_sha256=data_sha256,
     )
+    if data is None:
+        run.buffer.append(no_transitions(task))  # lays out the table, also for rows of a checkpoint
     space = run.env.observation_space
     run.varying_dims = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(device)
     if checkpoint:
@@ -2109,14 +2162,16 @@ def load_data(args: Args) -> tuple[dict[str, np.ndarray] | None, str | None, str
 
 
 def stop_on_signals(run: Run) -> None:
-    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask for a checkpoint after the episode, then an end.
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask for a checkpoint, then an end.
 
+    Online the checkpoint waits for the end of the episode, as environments cannot be saved.
     SIGUSR1 is what clusters send some time before the end, if they are asked to.
     """
 
     def remember(number, frame):
+        when = "after this update" if run.phase == "offline" else "at the end of the episode"
         run.received.append(signal.Signals(number).name)
-        say(f"\n{run.received[-1]}: a checkpoint follows at the end of the episode")
+        say(f"\n{run.received[-1]}: a checkpoint follows {when}")
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         number = getattr(signal, name, None)  # not every system has all of them
@@ -2132,6 +2187,8 @@ def main(argv: list[str] | None = None) -> None:
         run = set_up(args, checkpoint, lock)
     except (ValueError, OSError, gymnasium.error.Error) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit("stopped before training began")
     if argv is None:  # a program of its own; else signals belong to the caller
         stop_on_signals(run)
     try:

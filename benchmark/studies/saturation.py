@@ -32,7 +32,7 @@ class Args:
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
     """checkpoint.pt in the folders of runs of any *_sera.py on a dataset"""
-    output: Path = Path("docs/saturation.png")
+    output: Path = Path("saturation.png")
     """figure to write"""
     batches: int = 40
     """batches per checkpoint and scaling, each of the size that its run used"""

@@ -106,6 +106,7 @@ def test_returns_in_the_buffer():
         ("antmaze-umaze-v2", 2, -1, -10),
         ("pen-binary-v0", 4, 3, -10),  # and -1 here: 4 * -1 + 3
         ("pen-human-v1", 4, 3, -2.71),
+        ("Pen-binary-v0", 4, 3, -2.71),  # a task of one's own
     ],
 )
 def test_rule_for_failures_is_for_sparse_tasks(env, scale, bias, first):
@@ -113,8 +114,19 @@ def test_rule_for_failures_is_for_sparse_tasks(env, scale, bias, first):
     changes = {"env": env, "gamma": 0.9, "reward_scale": scale, "reward_bias": bias}
     args = recompute.make_args(calql_sera, **changes)
     transitions = {"rewards": np.full(3, -1.0), "episode_ends": np.array(ONCE, dtype=bool)}
-    returns = calql_sera.added_columns(transitions, args)["mc_returns"]
+    returns = calql_sera.added_columns(transitions, args, float(scale))["mc_returns"]
     assert returns[0] == pytest.approx(first, rel=1e-6)
+
+
+def test_rule_for_failures_under_normalized_rewards():
+    """Stored rewards are then of another scale, and the rule is about them."""
+    data = make_rows(4, timeouts=[1, 3])
+    data["rewards"] = np.array([-1, -1, -1, 0], dtype=np.float32)  # returns -2 and -1: scale 1000
+    changes = {"env": "pen-binary-v0", "gamma": 0.9, "online_steps": 0, "reward_bias": 5.0}
+    args = recompute.make_args(calql_sera, normalize_rewards=True, **changes)
+    buffer = calql_sera.ReplayBuffer(data, args, torch.device("cpu"))
+    returns = buffer.as_columns(buffer.table)["mc_returns"].numpy()
+    np.testing.assert_allclose(returns, [-9950, -9950, -995 + 0.9 * 5, 5], rtol=1e-6)
 
 
 # ------------------------------ the squashed normal
@@ -616,9 +628,9 @@ def scripted(train):
     added_columns = calql_sera.added_columns
     ends = []
 
-    def noting_added_columns(transitions, args):
+    def noting_added_columns(transitions, args, reward_scale):
         ends.append(transitions["episode_ends"].tolist())
-        return added_columns(transitions, args)
+        return added_columns(transitions, args, reward_scale)
 
     run = train(*STEPS, added_columns=noting_added_columns)
     run.ends = ends[1:]  # without the dataset's

@@ -41,7 +41,7 @@ def test_no_returns_to_go():
     """The buffer stores nothing beside transitions, which need not wait for an episode's end."""
     assert not cql_sera.WAIT_FOR_EPISODE_END
     assert calql_sera.WAIT_FOR_EPISODE_END
-    assert cql_sera.added_columns({}, cql_sera.Args()) == {}
+    assert cql_sera.added_columns({}, cql_sera.Args(), 1.0) == {}
 
 
 @pytest.mark.parametrize("variant", CQL_VARIANTS)

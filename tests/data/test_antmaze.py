@@ -767,10 +767,10 @@ def test_failure_rule_is_for_antmaze_alone():
     """The same rewards as hopper's are a plain sum."""
     args = calql_sera.parse_args(["--env", "hopper-medium-v2", "--device", "cpu"])
     rows = {"rewards": np.zeros(3), "episode_ends": np.array([False, False, True])}
-    assert calql_sera.added_columns(rows, args)["mc_returns"].tolist() == [0, 0, 0]
+    assert calql_sera.added_columns(rows, args, 1.0)["mc_returns"].tolist() == [0, 0, 0]
     rows["rewards"] = np.full(3, -5.0)
     args.reward_bias = -5.0
-    returns = calql_sera.added_columns(rows, args)["mc_returns"]
+    returns = calql_sera.added_columns(rows, args, 1.0)["mc_returns"]
     np.testing.assert_allclose(returns, [-14.8505, -9.95, -5], rtol=1e-6)
 
 

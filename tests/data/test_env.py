@@ -337,6 +337,30 @@ def test_evaluate():
     assert [observations[0, 1] for observations in seen[:2]] == [0, 1]
 
 
+class WholeStart(Countdown):
+    """It starts at whole numbers and goes on with others."""
+
+    def reset(self, seed=None):
+        super().reset(seed)
+        return np.array([0, 0]), {}
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return np.array([0.5, -0.25]), *rest
+
+
+def test_start_of_whole_numbers(script):
+    """An environment whose first state is made of integers: the later ones are not cut to such."""
+    seen = []
+
+    def policy(observations):
+        seen.append(observations.tolist())
+        return np.zeros((1, 1))
+
+    script.evaluate(policy, [WholeStart(3)], [1])
+    assert seen == [[[0, 0]], [[0.5, -0.25]], [[0.5, -0.25]]]
+
+
 def test_evaluate_twice():
     """Nothing is carried over from one evaluation to the next, and seeds decide the result."""
     envs = [Countdown(3), Countdown(2)]

@@ -436,10 +436,14 @@ def test_horizon_of_ones_own(tmp_path, refusal):
     assert np.flatnonzero(data["episode_ends"]).tolist() == [198, 397, 596, 795, 894]
 
 
-def test_no_horizon(tmp_path, refusal):
-    """Without one, trajectories have any length, and time-outs have to be given."""
+def test_no_horizon(tmp_path, refusal, capsys):
+    """Without one, which is said, trajectories have any length, and time-outs have to be given."""
     arrays = dataset(2, 3, rows=3000, length=3000)
     env = "sliders:Endless-v0"
+    calql_sera.own_task.cache_clear()
+    calql_sera.own_task(env)
+    fix = "register it with max_episode_steps, unless it ends every episode itself"
+    assert capsys.readouterr().out == f"--env {env} has no time limit: {fix}\n"
     assert len(load(env, write(tmp_path / "x.hdf5", arrays))["rewards"]) == 2999
     del arrays["timeouts"]
     path = write(tmp_path / "y.hdf5", arrays)

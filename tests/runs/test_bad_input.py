@@ -1,6 +1,7 @@
 """Bad input is refused in one sentence with the value and the fix; how a command line is read."""
 
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -302,7 +303,55 @@ def test_nothing_to_learn_in(refuse):
     scratch = ["--offline-steps", 0, "--mixing-ratio", 0, "--online-steps", 90]
     message = refuse(*scratch, "--learning-starts", 90)
     assert_names(message, "--learning-starts is 90", "--online-steps 90")
-    assert calql_sera.parse_args([*map(str, scratch), "--learning-starts", "89"])
+    more = ["--learning-starts", "89", "--batch-size", "20"]
+    assert calql_sera.parse_args([*map(str, scratch), *more])
+
+
+def test_batch_that_is_never_full(refuse):
+    """A run from scratch with fewer steps than a batch has rows: both numbers and both options."""
+    scratch = ["--offline-steps", 0, "--mixing-ratio", 0, "--online-steps", 90]
+    scratch += ["--learning-starts", 0]
+    message = refuse(*scratch, "--batch-size", 90)
+    assert_names(message, "--batch-size is 90", "--online-steps 90")
+    assert calql_sera.parse_args([*map(str, scratch), "--batch-size", "89"])
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "words"),
+    [
+        ("iql_sera", "--expectile", "7", "0 to 1"),
+        ("td3bc_sera", "--policy-noise", "-0.2", "at least 0"),
+        ("td3bc_sera", "--noise-clip", "-0.5", "at least 0"),
+        ("td3bc_sera", "--exploration-noise", "-0.1", "at least 0"),
+        ("awac_sera", "--weight-decay", "-0.1", "at least 0"),
+        ("awac_sera", "--awac-lambda", "0", "above 0"),
+    ],
+)
+def test_numbers_of_one_script(name, option, value, words):
+    """What would end in NaN, or learn the wrong way round."""
+    script = importlib.import_module(name)
+    with pytest.raises(ValueError, match=f"{option} is {float(value)}: give .* {words}"):
+        script.parse_args(["--device", "cpu", option, value])
+
+
+def test_runs_is_a_file(refuse, good, tmp_path):
+    """No folder can be made for the run: which one, and the option that names another."""
+    (tmp_path / "runs").write_text("")
+    message = refuse("--dataset-path", good)
+    assert_names(message, "runs/hopper-medium-v2__calql_sera", "cannot be made", "--run-dir")
+
+
+def test_ctrl_c_before_training(trained, good, monkeypatch):
+    """One line, no traceback."""
+
+    def load_data(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calql_sera, "load_data", load_data)
+    with pytest.raises(SystemExit) as caught:
+        calql_sera.main([*OPTIONS, "--dataset-path", str(good)])
+    assert caught.value.code == "stopped before training began"
+    assert trained == []
 
 
 def test_track_without_wandb(refuse, good, monkeypatch):

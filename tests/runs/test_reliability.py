@@ -129,9 +129,10 @@ def offline(tmp_path_factory):
 
 
 # ------------------------------ signals
-def acknowledgement(number: str) -> str:
+def acknowledgement(number: str, phase: str = "online") -> str:
     """What a run says when a signal has come."""
-    return f"{number}: a checkpoint follows at the end of the episode"
+    when = {"offline": "after this update", "online": "at the end of the episode"}
+    return f"{number}: a checkpoint follows {when[phase]}"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,8 @@ def test_signals(number, count, alone, tmp_path):
     done = run_and_do(run_dir, count, f"os.kill(os.getpid(), signal.{number})")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert acknowledgement(number) in done.stdout.splitlines()
+    phase = "offline" if count < 60 else "online"
+    assert acknowledgement(number, phase) in done.stdout.splitlines()
     assert last_line(done.stderr) == f"{number}: go on with --run-dir {run_dir} --resume"
     if count < 60:
         assert position(run_dir) == ("offline", count)
@@ -163,7 +165,7 @@ def test_signals_are_acknowledged_at_once(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
-    assert lines[lines.index(acknowledgement("SIGINT")) + 1] == "then this"
+    assert lines[lines.index(acknowledgement("SIGINT", "offline")) + 1] == "then this"
     assert last_line(done.stderr).startswith("SIGINT: go on with --run-dir")
 
 
@@ -371,8 +373,10 @@ def test_disk_full(count, alone, tmp_path):
     done = run_and_do(tmp_path / "run", count, action)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert last_line(done.stderr).startswith("error: ")
-    assert "File too large" in last_line(done.stderr)
+    written = tmp_path / "run" / "checkpoint.tmp"
+    way_on = f"make room, then go on with --run-dir {tmp_path / 'run'} --resume"
+    expected = f"error: {written} cannot be written (File too large): {way_on}"
+    assert last_line(done.stderr) == expected
     phase, step = position(tmp_path / "run")
     updates = step if phase == "offline" else 60 + step
     assert count - 60 < updates <= count
@@ -398,6 +402,26 @@ def test_disk_full_for_logs(alone, tmp_path):
     assert position(tmp_path / "run") == ("offline", 60)
     kill_points.resume("sac_sera", tmp_path / "run")
     assert kill_points.compare(alone, tmp_path / "run") == []
+
+
+def test_resume_with_other_networks(alone, tmp_path, monkeypatch, capsys):
+    """A script whose networks were edited since: one line, and the checkpoint stays."""
+    import sac_sera
+
+    def with_layer_norm(input_dim, hidden_dim, layers, output_dim, linear=torch.nn.Linear):
+        network = original(input_dim, hidden_dim, layers, output_dim, linear)
+        return torch.nn.Sequential(network[0], torch.nn.LayerNorm(hidden_dim), *network[1:])
+
+    original = sac_sera.mlp
+    monkeypatch.setattr(sac_sera, "mlp", with_layer_norm)
+    run_dir = shutil.copytree(alone, tmp_path / "run")
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        kill_points.resume("sac_sera", run_dir)
+    assert caught.value.code == 2
+    expected = f"error: --resume: the networks in {run_dir} are not those of this script: undo what"
+    assert last_line(capsys.readouterr().err).startswith(expected)
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
 
 
 # ------------------------------ one command for the first start and for going on
@@ -569,7 +593,8 @@ def test_shared_offline_phase(script, critic, tmp_path):
     if name == "iql_sera":
         steps += ["--actor-lr-schedule", "constant"]
     kill_points.run(name, tmp_path / "whole", *steps, *sera)
-    kill_points.run(name, tmp_path / "offline", *steps, "--online-steps", "0")
+    another = ["--sera-critic", "current", "--online-steps", "0"]
+    kill_points.run(name, tmp_path / "offline", *steps, *another)
     (tmp_path / "online").mkdir()
     shutil.copy(tmp_path / "offline" / "checkpoint.pt", tmp_path / "online")
     call(name, "--run-dir", tmp_path / "online", "--resume", "--online-steps", "40", *sera)

@@ -55,6 +55,15 @@ def test_killed_anywhere(place, count, alone, tmp_path):
     assert kill_points.compare(alone("sac_sera"), tmp_path / "run") == []
 
 
+def test_killed_from_scratch(tmp_path):
+    """Without a dataset, whose transitions lay out the buffer."""
+    options = ["--offline-steps", "0", "--mixing-ratio", "0", "--learning-starts", "20"]
+    kill_points.run("sac_sera", tmp_path / "alone", *options)
+    assert kill_points.run_and_die("sac_sera", tmp_path / "run", "update", 60, *options)
+    kill_points.resume("sac_sera", tmp_path / "run")
+    assert kill_points.compare(tmp_path / "alone", tmp_path / "run") == []
+
+
 def test_comparison(alone, tmp_path):
     """The comparison is not blind: another seed differs in every part."""
     kill_points.run("sac_sera", tmp_path / "run", "--seed", "2")

@@ -184,12 +184,15 @@ def test_from_scratch(train):
         assert differ(part(run.last["agent"], name), part(run.initial, name))
 
 
-def test_last_step(script, run_script):
+@pytest.mark.parametrize(
+    "start", [["--offline-steps", "2"], [*FROM_SCRATCH, "--learning-starts", "0"]]
+)
+def test_last_step(start, script, run_script):
     """The last step leaves no transition out, wherever in an episode it is.
 
     A run that goes on from there samples them, and the environment begins another episode.
     """
-    options = ["--offline-steps", "2", "--batch-size", "4", "--sera-k", "2"]
+    options = [*start, "--batch-size", "4", "--sera-k", "2"]
     run = run_script(script, *options, "--online-steps", "10", make_env=scripted_env)
     assert [len(episode) for episode in run.envs[0].episodes] == [7, 3]
     assert run.rows["rewards"].tolist() == list(range(10, 20))
@@ -517,8 +520,9 @@ def test_stored_q_of_a_resumed_run(train, tmp_path):
 def test_current_critics(train, sera):
     """--sera-critic current: the learning agent itself, as it was before each update."""
     run = train("--sera-critic", "current")
-    for checkpoint in run.checkpoints:
+    for checkpoint in run.checkpoints[1:]:
         assert_same(checkpoint["bonus_agent"], checkpoint["agent"])
+    assert_same(run.checkpoints[0]["bonus_agent"], run.initial)  # so --resume may still say random
     assert not any("bonus_q" in sample.batch for sample in run.samples)
     critics = [bonus.critics for bonus in run.bonuses]
     start, middle, last = run.checkpoints
@@ -526,6 +530,15 @@ def test_current_critics(train, sera):
     assert_same(critics[middle["step"]], part(middle["agent"], "critics"))
     assert all(differ(one, next_one) for one, next_one in itertools.pairwise(critics))
     assert differ(part(last["agent"], "critics"), part(sera.last["agent"], "critics"))
+
+
+def test_resumed_current_critics(train, tmp_path):
+    """They are the learning ones after a resume too."""
+    train("--sera-critic", "current", "--online-steps", "10", folder=tmp_path)
+    run = train("--sera-critic", "current", "--online-steps", "20", "--resume", folder=tmp_path)
+    critics = [bonus.critics for bonus in run.bonuses]
+    assert len(critics) == 10
+    assert all(differ(one, next_one) for one, next_one in itertools.pairwise(critics))
 
 
 def test_random_critics(train, sera):

@@ -75,9 +75,10 @@ def run(name: str, run_dir: Path, *options: str) -> None:
     script.main([*OPTIONS.split(), "--run-dir", str(run_dir), *options])
 
 
-def run_and_die(name: str, run_dir: Path, place: str, count: int) -> bool:
+def run_and_die(name: str, run_dir: Path, place: str, count: int, *options: str) -> bool:
     """Whether SIGKILL came, at that call of that function; not if the run ended before."""
     inputs = [str(ROOT), name, place, str(count), *OPTIONS.split(), "--run-dir", str(run_dir)]
+    inputs += options
     command = [sys.executable, "-c", RUN_AND_DIE, *inputs]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode not in (0, -signal.SIGKILL):
