@@ -20,6 +20,7 @@ Adroit's -expert and -cloned.
 
 import importlib
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,7 +93,10 @@ def load_policy(path: str) -> tuple[gymnasium.Env, Callable, dict]:
     args = script.Args(**checkpoint["args"])
     task = script.find_task(args.env)
     agent = script.Agent(task.observation_dim, task.action_dim, args)
-    agent.load_state_dict(checkpoint["agent"])
+    # benchmark/other_bonuses.py keeps networks of its own in the agent.
+    states = checkpoint["agent"].items()
+    own = {name: value for name, value in states if not name.startswith("novelty.")}
+    agent.load_state_dict(own)
     mean = checkpoint["normalizer"]["mean"].numpy()
     std = checkpoint["normalizer"]["std"].numpy()
 
@@ -143,7 +147,7 @@ class MazeWalker:
             weights = dict(np.load(path))
             names = ("fc0", "fc1", "last_fc", "last_fc_log_std")
             layers = [(weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in names]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not D4RL's goal-reaching ant ({error})") from None
         *self.hidden_layers, self.mean_layer, self.log_std_layer = layers
 
@@ -208,6 +212,8 @@ class PolicyInFile:
             fix = "give one of Gym-MuJoCo's -medium or -expert, or of Adroit's -expert or -cloned"
             raise ValueError(f"{path} holds no policy ({error}): {fix}") from None
         *self.hidden_layers, self.mean_layer, self.log_std_layer = layers
+        first_weight, _ = layers[0]
+        self.observation_dim = first_weight.shape[1]
 
     @torch.no_grad()
     def __call__(self, observation: np.ndarray) -> np.ndarray:
@@ -227,7 +233,12 @@ def load_file_policy(path: str, dataset_id: str | None) -> tuple[gymnasium.Env, 
     if dataset_id is None:
         raise ValueError(f"{path} does not know its environment: name it with --env")
     env = importlib.import_module("iql_sera").make_env(dataset_id)  # any script's would do
-    return env, PolicyInFile(path), {"env": dataset_id, "policy": Path(path).name}
+    policy = PolicyInFile(path)
+    has, needs = policy.observation_dim, env.observation_space.shape[0]
+    if has != needs:
+        found = f"{path} holds a policy for {has} numbers, but {dataset_id} has {needs}"
+        raise ValueError(f"{found}: name its own environment with --env")
+    return env, policy, {"env": dataset_id, "policy": Path(path).name}
 
 
 # ------------------------------ rolling out
@@ -296,8 +307,9 @@ def collect_mix(args: Args) -> tuple[dict[str, np.ndarray], dict]:
 
 def check_args(args: Args) -> None:
     """ValueError, before any work, for what cannot become a file."""
-    if args.steps < 2:
-        raise ValueError(f"--steps is {args.steps}: give a whole number of at least 2")
+    least = 2 * (1 + len(args.mix))  # two of each policy
+    if args.steps < least:
+        raise ValueError(f"--steps is {args.steps}: give a whole number of at least {least}")
     output = Path(args.output)
     if output.exists():
         raise ValueError(f"{output} exists: name a new file")
@@ -306,13 +318,18 @@ def check_args(args: Args) -> None:
 
 
 def write(path: str, arrays: dict[str, np.ndarray], attributes: dict) -> None:
-    """A new HDF5 file, compressed."""
-    with h5py.File(path, "x") as file:
-        for name, array in arrays.items():
-            file.create_dataset(
-                name, data=array, compression="gzip", compression_opts=9, shuffle=True
-            )
-        file.attrs.update(attributes)
+    """A new HDF5 file, compressed, which appears when it is whole."""
+    part = Path(f"{path}.part")
+    try:
+        with h5py.File(part, "w") as file:
+            for name, array in arrays.items():
+                file.create_dataset(
+                    name, data=array, compression="gzip", compression_opts=9, shuffle=True
+                )
+            file.attrs.update(attributes)
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,8 +15,8 @@ bias.csv      value bias at the end: mean over states of --episodes evaluation e
               min(Q1, Q2) at the policy's action minus the discounted return from there, both in the
               environment's rewards (plus what --reward-bias adds, over the scale). The last 300
               steps of an episode that ran into the time limit are left out: their return is cut
-              (0.99^300 = 0.05). Values of a run with a bonus contain it: about lambda /
-              (1 - gamma).
+              (0.99^300 = 0.05); a run that has no others has no row. Values of a run with a bonus
+              contain it: about lambda / (1 - gamma).
 """
 
 import csv
@@ -101,8 +101,10 @@ def visited_states(checkpoint: dict, buffer) -> np.ndarray:
 
 
 def coverage_rows(key: list[str], visited: np.ndarray, points: int, dataset: Dataset) -> list:
-    """Rows of coverage.csv for one run."""
+    """Rows of coverage.csv for one run; none without an online phase."""
     rows = []
+    if len(visited) == 0:
+        return rows
     for step in np.linspace(0, len(visited), points + 1).astype(int)[1:]:
         entropy = knn_entropy(visited[:step] / dataset.std)
         divergence = dataset.cells.kl_to_uniform(visited[:step])
@@ -117,7 +119,10 @@ class Player:
     def __init__(self, script: ModuleType, args, checkpoint: dict, reward_scale: float):
         task = script.find_task(args.env)
         self.agent = script.Agent(task.observation_dim, task.action_dim, args)
-        self.agent.load_state_dict(checkpoint["agent"])
+        # other_bonuses.py keeps networks of its own in the agent.
+        states = checkpoint["agent"].items()
+        own = {name: value for name, value in states if not name.startswith("novelty.")}
+        self.agent.load_state_dict(own)
         self.normalizer = checkpoint["normalizer"]
         self.scale = reward_scale
         self.bias = args.reward_bias / self.scale
@@ -159,14 +164,19 @@ def discounted_returns(rewards: list[float], gamma: float) -> list[float]:
     return returns[::-1]
 
 
-def value_bias(player: Player, env: gymnasium.Env, episodes: int) -> tuple[float, float]:
-    """Mean Q of the states of evaluation episodes, and the mean of their discounted returns."""
+def value_bias(player: Player, env: gymnasium.Env, episodes: int) -> tuple[float, float] | None:
+    """Mean Q of the states of evaluation episodes, and the mean of their discounted returns.
+
+    None if no state is left, as in a task of at most 300 steps whose episodes run to its limit.
+    """
     q_values = []
     returns = []
     for episode in range(episodes):
         own_q_values, own_returns = player.episode(env, seed=10_000 + episode)
         q_values += own_q_values
         returns += own_returns
+    if not q_values:
+        return None
     return float(np.mean(q_values)), float(np.mean(returns))
 
 
@@ -186,7 +196,11 @@ def analyse(run: Run, args: Args, datasets: dict[str, Dataset]) -> tuple[list, l
     coverage = coverage_rows(key, visited, args.points, dataset)
     player = Player(script, run_args, checkpoint, buffer.reward_scale)
     env = script.make_env(run_args.env, run_args.physics)
-    q_value, discounted = value_bias(player, env, args.episodes)
+    means = value_bias(player, env, args.episodes)
+    if means is None:
+        print(f"{run.name}: no value bias, all episodes end by the time limit of a short task")
+        return coverage, []
+    q_value, discounted = means
     numbers = [f"{number:.2f}" for number in (q_value, discounted, q_value - discounted)]
     return coverage, [[*key, *numbers]]
 
@@ -202,16 +216,18 @@ def analyse_all(args: Args) -> None:
     coverage = []
     bias = []
     datasets = {}
-    for run in plan(args.grid, args.out.resolve()):
-        if run.csv and (run.folder / "finished").exists():
-            print(run.name, flush=True)
-            rows, others = analyse(run, args, datasets)
-            coverage += rows
-            bias += others
-    if not bias:
+    runs = [run for run in plan(args.grid, args.out.resolve()) if run.csv]
+    finished = [run for run in runs if (run.folder / "finished").exists()]
+    if not finished:
         raise ValueError(f"no finished run of {args.grid} in {args.out}: start it with run.py")
-    write_csv(args.grid.parent / "coverage.csv", [COVERAGE, *coverage])
-    write_csv(args.grid.parent / "bias.csv", [BIAS, *bias])
+    for run in finished:
+        print(run.name, flush=True)
+        rows, others = analyse(run, args, datasets)
+        coverage += rows
+        bias += others
+    for name, header, rows in (("coverage", COVERAGE, coverage), ("bias", BIAS, bias)):
+        if rows:
+            write_csv(args.grid.parent / f"{name}.csv", [header, *rows])
 
 
 def main(arguments: list[str] | None = None) -> int:

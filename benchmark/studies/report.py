@@ -77,7 +77,7 @@ bonus.
 """
 WATCHED_NOTE = """## Numbers to watch
 
-Read off the logs: means over the last fifth of the online steps, of every seed. **bonus_data** and
+Read off the logs: means over the last fifth of the last phase, of every seed. **bonus_data** and
 **bonus_online** are tanh(H) of the dataset's and of online transitions; **q_weight** is TD3+BC's
 weight of Q against cloning, 2.5 / mean |Q|.
 """
@@ -443,7 +443,13 @@ def learning_curves(path: Path, grid: dict, evals: pd.DataFrame) -> None:
 # ------------------------------ runs without a grid
 def curve_of(folder: Path) -> tuple[pd.DataFrame, str]:
     """Every evaluation of a run, phase, step and value, and what the value is: score or return."""
-    frame = pd.read_csv(folder / "evals.csv")
+    path = folder / "evals.csv"
+    try:
+        frame = pd.read_csv(path)
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}") from None
+    if list(frame.columns) != EVALUATIONS or frame.empty:
+        raise BadInput(f"{path}: no evaluations of a run, with the columns {','.join(EVALUATIONS)}")
     name = "normalized_score"
     if frame[name].isna().all():  # a task of one's own
         name = "return"
@@ -523,6 +529,8 @@ def value_bias(path: Path, keys: list[tuple]) -> str:
 def watched(path: Path, keys: list[tuple]) -> str:
     """The section on what the runs logged: a row for each cell, a column for each metric."""
     frame = read_csv(path, WATCHED, WATCHED[:2]).set_index(WATCHED[:2])["value"]
+    if frame.index.has_duplicates:
+        raise BadInput(f"{path}: a metric of a run is there twice")
     metrics = frame.index.unique("metric")
     runs_of = {}
     for key in keys:
@@ -595,7 +603,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not args.folders:
             raise BadInput("no folder was named: give a study, docs/results, or folders of runs")
-        if all((folder / "evals.csv").is_file() for folder in args.folders):
+        of_runs = [(folder / "evals.csv").is_file() for folder in args.folders]
+        if any(of_runs) and not all(of_runs):
+            other = args.folders[of_runs.index(False)]
+            raise BadInput(f"{other} is no run (evals.csv), but others are: name studies or runs")
+        if all(of_runs):
             draw_runs(args.folders, args.output)
             print(args.output)
             return 0

@@ -262,15 +262,19 @@ def digest(run: Run) -> str:
 def plan(grid_file: Path, out: Path) -> list[Run]:
     """All runs of a grid, offline phases before those that start from them. ValueError if bad."""
     grid = read_grid(grid_file)
-    runs = []
+    runs = {}  # by folder
     for script in grid["scripts"]:
         for env in grid["envs"]:
             for seed in grid["seeds"]:
                 for variant in grid["variants"]:
                     run = variant_run(grid_file, grid, (script, env, variant, seed), out)
-                    runs += [other for other in run.before() if other not in runs]
-                    runs.append(run)
-    return runs
+                    for other in run.before():
+                        runs.setdefault(other.folder, other)
+                    if run.folder in runs:
+                        same = f"{runs[run.folder].name} and {run.name} are the same run"
+                        raise ValueError(f"{grid_file}: {same}: leave one out")
+                    runs[run.folder] = run
+    return list(runs.values())
 
 
 # ------------------------------ one run
@@ -338,7 +342,17 @@ def last_words(log: Path) -> str:
 def read_commands(grid_file: Path) -> dict[str, str]:
     """The options behind each gathered CSV."""
     path = grid_file.parent / "commands.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): take it from git again") from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, wherever the runner is stopped."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
 
 
 # Of what TensorBoard has, where a script logs it.
@@ -354,14 +368,16 @@ WATCHED_COLUMNS = ["run", "metric", "value"]
 
 
 def watched(run: Run) -> dict[str, float]:
-    """Means of numbers that a run logged in the last fifth of its online steps."""
+    """Means of numbers that a run logged in the last fifth of its last phase."""
     events = EventAccumulator(str(run.folder), {"scalars": 0})  # 0: all of them
     events.Reload()
-    online_steps = int(value_of("--online-steps", run.options))
+    steps = int(value_of("--online-steps", run.options))
+    if steps == 0:
+        steps = int(value_of("--offline-steps", run.options))
     means = {}
     for metric in sorted({*WATCHED} & {*events.Tags()["scalars"]}):
         logged = events.Scalars(metric)
-        first = logged[-1].step - online_steps / 5
+        first = logged[-1].step - steps / 5
         values = [point.value for point in logged if point.step > first]
         means[metric] = sum(values) / len(values)
     return means
@@ -375,19 +391,23 @@ def note_watched(run: Run, grid_file: Path) -> None:
         with open(path, newline="") as file:
             rows = [row for row in csv.reader(file) if row[0] != run.name][1:]
     rows += [[run.name, metric, f"{value:.6g}"] for metric, value in watched(run).items()]
-    with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([WATCHED_COLUMNS, *sorted(rows)])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([WATCHED_COLUMNS, *sorted(rows)])
+    write_whole(path, text.getvalue().encode())
 
 
 def gather(run: Run, grid_file: Path) -> None:
-    """Copy the evaluations of a finished run beside the grid, and note what made them."""
-    run.csv.parent.mkdir(exist_ok=True)
-    shutil.copy(run.folder / "evals.csv", run.csv)
+    """Copy the evaluations of a finished run beside the grid, and note what made them.
+
+    The copy comes last: a run counts as gathered once it is there.
+    """
     note_watched(run, grid_file)
     commands = read_commands(grid_file)
     commands[run.name] = origin(run)
     text = json.dumps(dict(sorted(commands.items())), indent=1)
-    (grid_file.parent / "commands.json").write_text(text + "\n")
+    write_whole(grid_file.parent / "commands.json", f"{text}\n".encode())
+    run.csv.parent.mkdir(exist_ok=True)
+    write_whole(run.csv, (run.folder / "evals.csv").read_bytes())
 
 
 def missing_runs(runs: list[Run], grid_file: Path) -> list[Run]:

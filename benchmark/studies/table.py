@@ -8,7 +8,6 @@ order of seeds.
 """
 
 import csv
-import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -55,12 +54,21 @@ def length(seed: dict, phase: str) -> str:
     return f"{max(seed[phase], default=0):,}"
 
 
+def name_and_seed(path: Path) -> tuple[str, int]:
+    """What <run>_seed<n>.csv says; -1 where n is no number."""
+    name, _, seed = path.stem.rpartition("_seed")
+    return name, int(seed) if seed.isdecimal() else -1
+
+
 def table(folder: Path) -> str:
     """The whole table. ValueError where no file is named as it has to be."""
     runs = defaultdict(list)
-    for path in sorted(folder.glob("*_seed*.csv")):
-        name = re.sub(r"_seed\d+$", "", path.stem)
-        runs[name].append(evaluations(path))
+    for path in sorted(folder.glob("*_seed*.csv"), key=name_and_seed):
+        name, _ = name_and_seed(path)
+        try:
+            runs[name].append(evaluations(path))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is no evals.csv with scores ({error})") from None
     if not runs:
         raise ValueError(f"{folder}: no file here is named <run>_seed<n>.csv")
     lines = [HEADER, RULE]
@@ -75,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = tyro.cli(Args, args=arguments).folder
     try:
         print(table(folder))
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

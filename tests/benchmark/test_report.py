@@ -347,6 +347,11 @@ BAD = {
         ",".join(report.COVERAGE) + "\na_sera,e1,plain,3,10,1.0,1.0\n",
         "coverage.csv: a run that is not in grid.toml",
     ),
+    "watched twice": (
+        "watched.csv",
+        "run,metric,value\n" + 2 * "a_sera__e1__plain__1,losses/td,1\n",
+        "watched.csv: a metric of a run is there twice",
+    ),
 }
 
 
@@ -361,6 +366,22 @@ def test_bad_input(case, study, capsys):
     assert report.main([str(study)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {study}") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(("text", "reason"), [("", "No columns"), ("a,b\n1,2\n", "phase,step")])
+def test_curves_of_no_run(text, reason, tmp_path, capsys):
+    """An evals.csv that is empty, or something else: named, with what it should have."""
+    (tmp_path / "evals.csv").write_text(text)
+    assert report.main([str(tmp_path), "--output", str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'evals.csv'}: ") and reason in error
+
+
+def test_runs_and_studies_together(study, tmp_path, capsys):
+    """One kind at a time."""
+    (tmp_path / "evals.csv").write_text(HEADER)
+    assert report.main([str(tmp_path), str(study)]) == 2
+    assert f"{study} is no run (evals.csv), but others are" in capsys.readouterr().err
 
 
 def test_no_raw_evaluations(study, capsys):

@@ -31,7 +31,18 @@ def test_table_of_no_runs(tmp_path, capsys):
     (tmp_path / "a_seed1.csv").write_text("phase,step\nonline,0\n")
     assert table.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith(f"error: {tmp_path / 'a_seed1.csv'} is no evals.csv")
+    assert error.count("\n") == 1
+
+
+def test_seeds_are_in_order(tmp_path):
+    """Seed 10 comes after seed 2."""
+    header = "phase,step,episode,return,length,normalized_score\n"
+    for seed in (10, 2, 1):
+        row = f"offline,5,0,9,9,{seed}\nonline,0,0,9,9,{seed}\n"
+        (tmp_path / f"a_seed{seed}.csv").write_text(header + row)
+    scores = " | ".join(["1.0 / 2.0 / 10.0"] * 3)
+    assert table.table(tmp_path).splitlines()[-1] == f"| a | 3 | 5 + 0 | {scores} |"
 
 
 def git(*words: str) -> str:

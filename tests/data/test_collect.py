@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -255,6 +256,9 @@ def test_mazes_are_for_the_ant_alone(refuse, tmp_path):
     assert "--env is None" in refuse(ant, output)
     assert "--env antmaze-umaze-v1" in refuse(ant, output, "--env", "antmaze-umaze-v1")
     assert "other.npz" in refuse(tmp_path / "other.npz", output, "--env", UMAZE)
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(Path(ant).read_bytes()[:500])
+    assert f"{cut} is not D4RL's goal-reaching ant" in refuse(cut, output, "--env", UMAZE)
     assert "nowhere.npz" in refuse(tmp_path / "nowhere.npz", output, "--env", UMAZE)
     assert "--env" in refuse("run/checkpoint.pt", output, "--env", UMAZE)
     assert not output.exists()
@@ -290,6 +294,8 @@ def test_outputs_and_steps(refuse, tmp_path):
     for steps in (1, 0, -5):
         message = refuse("checkpoint.pt", tmp_path / "x.hdf5", f"--steps={steps}")
         assert f"--steps is {steps}: give a whole number of at least 2" in message
+    message = refuse("checkpoint.pt", tmp_path / "x.hdf5", "--steps=5", "--mix", "a", "b")
+    assert "--steps is 5: give a whole number of at least 6" in message
 
 
 @pytest.mark.parametrize("steps", ["1e3", "2.5", "many"])
@@ -369,6 +375,8 @@ def test_no_policy_in_a_file(refuse, tmp_path):
     assert "empty.hdf5 holds no policy" in message
     path = write_policy(tmp_path / "p.hdf5", b"gaussian")
     assert "name it with --env" in refuse(path, tmp_path / "x.hdf5")
+    message = refuse(path, tmp_path / "x.hdf5", "--env", "hopper-medium-v2")
+    assert f"{path} holds a policy for 2 numbers, but hopper-medium-v2 has 11" in message
 
 
 def test_log_densities_of_a_genuine_policy(real_data):
