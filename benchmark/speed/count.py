@@ -23,9 +23,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
-from operations import NO_WORK, HostSync, count_operations  # noqa: E402
+from operations import NO_WORK, count_operations  # noqa: E402
 
-__all__ = ["HostSync", "count_operations", "counts", "parts"]
 SCRIPTS = ("cql_sera", "calql_sera", "sac_sera", "iql_sera", "td3bc_sera", "awac_sera")
 OBSERVATION_DIM, ACTION_DIM, ROWS = 11, 3, 1000
 

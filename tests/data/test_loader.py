@@ -320,15 +320,6 @@ def test_unknown_ids(env):
     assert calql_sera.find_task(example)
 
 
-@pytest.mark.parametrize("family", ["kitchen", "maze2d", "minigrid", "flow", "carla", "bullet"])
-def test_unsupported_families(family):
-    """D4RL's other families are named as such, even if some package has such an environment."""
-    with pytest.raises(ValueError) as caught:
-        calql_sera.find_task(f"{family}-mixed-v0")
-    message = f"--env {family}-mixed-v0: {family} of D4RL is not supported: give another task"
-    assert str(caught.value) == message
-
-
 def test_antmaze_without_its_environment(monkeypatch):
     """The file that is missing is named, and Gym-MuJoCo goes on without it."""
     for name in ("envs", "envs.antmaze"):  # so that importing it fails

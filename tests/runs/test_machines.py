@@ -4,6 +4,7 @@ How runs end and go on: test_reliability.py. Downloads: test_download.py.
 """
 
 import ast
+import copy
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import kill_points
@@ -269,6 +271,106 @@ def test_libc_is_asked_only_where_it_is_known(monkeypatch):
     monkeypatch.setattr(sac_sera.platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(sac_sera.ctypes, "CDLL", lambda name: pytest.fail("it was loaded"))
     sac_sera.keep_large_blocks()
+
+
+# ------------------------------ the number of threads
+@pytest.fixture
+def small_run(data, tmp_path, monkeypatch):
+    """A run that is set up, and its arguments, where nothing says how many threads it has."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    paths = ["--dataset-path", str(data), "--run-dir", str(tmp_path / "run")]
+    args = sac_sera.parse_args([*OPTIONS.split(), *paths])
+    run = sac_sera.set_up(args)
+    args.threads = None
+    return run, args
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({1: 100, 2: 119, 4: 119}, 1),  # less than a fifth faster
+        ({1: 100, 2: 121, 4: 130}, 2),
+        ({1: 100, 2: 121, 4: 146}, 4),
+        ({1: 100, 2: 90, 4: 121}, 4),
+    ],
+)
+def test_chosen_threads(rates, expected, small_run, monkeypatch, capsys):
+    """More only if they are a fifth faster than the best so far; the rates are printed."""
+    monkeypatch.setattr(sac_sera, "updates_per_second", lambda run, args, threads: rates[threads])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    capsys.readouterr()
+    assert sac_sera.choose_threads(*small_run) == expected
+    timed = f"1: {rates[1]}/s, 2: {rates[2]}/s, 4: {rates[4]}/s"
+    assert capsys.readouterr().out == f"threads: {expected} (updates with {timed})\n"
+
+
+def test_threads_are_not_timed(small_run, monkeypatch):
+    """--threads and OMP_NUM_THREADS are obeyed; a machine of two cores is not asked for four."""
+    run, args = small_run
+    asked = []
+
+    def updates_per_second(run, args, threads):
+        asked.append(threads)
+        return 100
+
+    monkeypatch.setattr(sac_sera, "updates_per_second", updates_per_second)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    args.threads = 3
+    assert sac_sera.choose_threads(run, args) == 3
+    args.threads = None
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert sac_sera.choose_threads(run, args) == 2
+    assert asked == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert sac_sera.choose_threads(run, args) == 1
+    assert asked == [1, 2]
+
+
+def test_timing_leaves_no_trace(small_run):
+    """Agent, optimizer, random numbers and the number of threads are as before."""
+    run, args = small_run
+    before = copy.deepcopy((run.agent.state_dict(), run.optimizer.state_dict()))
+    rng_state, threads = torch.get_rng_state(), torch.get_num_threads()
+    assert sac_sera.choose_threads(run, args) >= 1
+    after = run.agent.state_dict(), run.optimizer.state_dict()
+    assert kill_points.differences(before, after) == []
+    assert torch.equal(torch.get_rng_state(), rng_state)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("maker", "precision"), [("GenuineIntel", "highest"), ("AuthenticAMD", "medium")]
+)
+def test_library_for_products(maker, precision, tmp_path, monkeypatch, capsys):
+    """MKL on Intel's processors; on others oneDNN, unless it rounds, which is said."""
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {maker}")
+    monkeypatch.setattr(sac_sera, "Path", lambda path: tmp_path / Path(path).name)
+    before = torch.get_float32_matmul_precision()
+    try:
+        sac_sera.choose_matmul(torch.device("cpu"))
+        found = torch.get_float32_matmul_precision()
+        x = torch.linspace(-1, 1, 64 * 64).reshape(64, 64).sin()
+        torch.testing.assert_close(x @ x, (x.double() @ x.double()).float(), rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    if maker != "GenuineIntel" and "going on with MKL" in capsys.readouterr().out:
+        precision = "highest"
+    assert capsys.readouterr().out == ""
+    assert found == precision
+
+
+def test_blocks_on_older_glibc(monkeypatch):
+    """Where 1 GiB is refused, 32 MiB is asked for: else the low default would be fixed."""
+    asked = []
+
+    def mallopt(name, value):
+        asked.append((name, value))
+        return name != -3 or value <= 2**25
+
+    monkeypatch.setattr(sac_sera.platform, "libc_ver", lambda: ("glibc", "2.31"))
+    monkeypatch.setattr(sac_sera.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    sac_sera.keep_large_blocks()
+    assert asked == [(-3, 2**30), (-3, 2**25), (-1, 2**31 - 1)]
 
 
 # ------------------------------ GPUs

@@ -275,15 +275,6 @@ def test_tracking_changes_nothing(tracked, tmp_path):
     assert kill_points.compare(tmp_path / "run", run_dir) == []
 
 
-def test_wandb_missing(tmp_path):
-    """Without wandb --track says in one sentence what to install, and starts nothing."""
-    done = program(tmp_path / "run", "--track", **without(tmp_path, "wandb"))
-    message = refusal(done)
-    assert "--track" in message
-    assert "pip install wandb" in message
-    assert names_in(tmp_path / "run").isdisjoint(NO_RUN)
-
-
 def test_not_logged_in(tmp_path):
     """Without a login and a terminal to ask on, --track says so in one sentence; nothing starts."""
     pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
