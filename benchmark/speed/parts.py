@@ -80,14 +80,19 @@ def figures(name: str, folder: Path, args: Args) -> list[str]:
     return [name, *(f"{time:.2f}" for time in times), str(kernels or "")]
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> int:
+    unknown = [name for name in args.scripts if not (ROOT / f"{name}.py").is_file()]
+    if unknown:
+        print(f"error: there is no script {unknown[0]}.py", file=sys.stderr)
+        return 2
     torch.set_num_threads(args.threads)
     print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder, "data.hdf5"), (11, 3))
         for name in args.scripts:
             print(f"| {' | '.join(figures(name, Path(folder), args))} |", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(main(tyro.cli(Args)))

@@ -418,6 +418,7 @@ def test_interrupted_grid_with_mps(mps_log, tmp_path, monkeypatch):
     finally:
         runner.kill()
     assert started_and_quit_once(mps_log)
+    deadline = time.monotonic() + 60
     while environments(running):
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -22,6 +22,7 @@ import kill_points
 import numpy as np
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 NAME = "sac_sera"
@@ -180,11 +181,28 @@ def the_run(path: Path):
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory):
-    """The folder of a run that SIGTERM stopped online, that was resumed, and its .wandb files."""
+def tracked(tmp_path_factory, worker_id):
+    """The folder of a run that SIGTERM stopped online, that was resumed, and its .wandb files.
+
+    It takes half a minute: processes that test side by side share it.
+    """
     pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
-    folder = tmp_path_factory.mktemp("tracked")
-    run_dir = folder / "run"
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent
+    run_dir = folder / "tracked" / "run"
+    whole = folder / "tracked" / "whole"
+    with FileLock(folder / "tracked.lock"):
+        if not whole.exists():
+            stop_and_resume(run_dir)
+            whole.touch()
+    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    return run_dir, files
+
+
+def stop_and_resume(run_dir):
+    """A run that is tracked, and stopped by SIGTERM after 60 online updates, then goes on."""
     stop = f"""
 import os
 import signal
@@ -213,12 +231,9 @@ script.main()
     first = subprocess.run(command, env=mine, capture_output=True, text=True, timeout=300)
     assert first.returncode == 1, first.stderr
     assert "SIGTERM: go on with" in first.stderr
-    begun = (run_dir / "wandb_id.txt").read_text()
+    (run_dir.parent / "first_id.txt").write_text((run_dir / "wandb_id.txt").read_text())
     second = program(run_dir, "--track", "--resume", WANDB_MODE="offline")
     assert second.returncode == 0, second.stderr
-    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
-    assert len(files) == 2
-    return run_dir, files, begun
 
 
 def test_every_number_arrives(tracked):
@@ -226,7 +241,7 @@ def test_every_number_arrives(tracked):
 
     So both the evaluation that ends the offline phase and that of online step 0 are there.
     """
-    run_dir, files, _ = tracked
+    run_dir, files = tracked
     sent = history(files[0]) + history(files[1])
     expected = scalars(run_dir)
     found = {(tag, step): value for tag, step, value in sent}
@@ -246,7 +261,7 @@ def test_every_number_arrives(tracked):
 
 def test_arguments_and_versions_arrive(tracked):
     """The run's configuration has every argument, and versions as in config.json."""
-    run_dir, files, _ = tracked
+    run_dir, files = tracked
     config = json.loads((run_dir / "config.json").read_text())
     run = the_run(files[1])
     found = items(run.config.update)
@@ -258,7 +273,8 @@ def test_arguments_and_versions_arrive(tracked):
 
 def test_a_resumed_run_keeps_its_id(tracked):
     """The second part has the first's id, from wandb_id.txt, and only what the first has not."""
-    run_dir, files, begun = tracked
+    run_dir, files = tracked
+    begun = (run_dir.parent / "first_id.txt").read_text()
     assert len(begun) == 8
     assert (run_dir / "wandb_id.txt").read_text() == begun
     assert [the_run(path).run_id for path in files] == [begun, begun]
@@ -270,7 +286,7 @@ def test_a_resumed_run_keeps_its_id(tracked):
 
 def test_tracking_changes_nothing(tracked, tmp_path):
     """A tracked run ends like one that is not, bit for bit."""
-    run_dir, _, _ = tracked
+    run_dir, _ = tracked
     kill_points.run(NAME, tmp_path / "run")
     assert kill_points.compare(tmp_path / "run", run_dir) == []
 
