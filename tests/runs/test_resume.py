@@ -1,12 +1,14 @@
 """Runs killed with SIGKILL and resumed end like runs left alone, bit for bit.
 
-kill_points.py tries more places.
+kill_points.py tries more places, random_options.py more options.
 """
 
 import importlib
+import random
 
 import kill_points
 import pytest
+import random_options
 import torch
 
 
@@ -62,6 +64,14 @@ def test_killed_from_scratch(tmp_path):
     assert kill_points.run_and_die("sac_sera", tmp_path / "run", "update", 60, *options)
     kill_points.resume("sac_sera", tmp_path / "run")
     assert kill_points.compare(tmp_path / "alone", tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_random_options(number, script, tmp_path):
+    """Options that nobody chose to be together; of both phases, and without a dataset."""
+    case = random_options.draw(script.__name__, random.Random(number), number)
+    _, found = random_options.compare_with_resumed(case, tmp_path)
+    assert found == [], str(case)
 
 
 def test_comparison(alone, tmp_path):
