@@ -817,7 +817,8 @@ class Recording:
             self.graphs[case] = graph
         except RuntimeError as error:  # whatever the driver or an operation may refuse
             self.works = False
-            say(f"CUDA graphs do not work here ({first_line(error)}): going on without")
+            cause = error.__context__ or error  # the end of a recording fails once more
+            say(f"CUDA graphs do not work here ({first_line(cause)}): going on without")
 
 
 def first_line(error: Exception) -> str:
@@ -836,8 +837,18 @@ def prepare_optimizer(optimizer: Optimizer, device: torch.device) -> None:
 def record_steps(run: "Run", args: Args) -> None:
     """Training steps and the policy as recordings."""
     prepare_optimizer(run.optimizer, run.device)
+
+    def step(kind: StepKind) -> dict[str, Tensor]:
+        try:
+            return sample_and_update(run, args, kind)
+        except RuntimeError:
+            run.agent.critics.requires_grad_(
+                True
+            )  # an update that was cut short may have them frozen
+            raise
+
     if args.cudagraphs:
-        run.recorded_step = Recording(functools.partial(sample_and_update, run, args))
+        run.recorded_step = Recording(step)
         run.recorded_policy = Recording(
             lambda deterministic, observations: run.agent.act(observations, deterministic)
         )
@@ -857,7 +868,12 @@ def compile_functions(run: "Run") -> tuple[Callable, Callable]:
                 return function(*inputs)
             try:
                 return fast_function(*inputs)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # no Triton, no C++ compiler, a fault of the compiler
+                if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                    raise  # a fault of the recording, which says so
+                run.agent.critics.requires_grad_(True)  # an update cut short may leave them frozen
                 say(f"torch.compile does not work here ({first_line(error)}): going on without")
                 run.compiled = None
                 return function(*inputs)
@@ -1806,7 +1822,8 @@ def track(run: Run, args: Args, config: dict) -> None:
 
 
 # ------------------------------ setting up and main (shared)
-# What --resume lets change: these alter no result; the others none before the online phase.
+# What --resume lets change: these alter no result but by chance, as another device rounds and draws
+# differently, and compiled code too; the others none before the online phase.
 RESUME_MAY_CHANGE = {
     "run_dir",
     "resume",

@@ -9,7 +9,7 @@ import torch
 import torch._inductor.config
 from recompute import make_agent, make_batch, make_kind
 
-import calql_sera
+import sac_sera
 
 COMPILER = os.environ.get("CXX", "g++")
 
@@ -61,17 +61,35 @@ def test_compiled_functions(script):
 def test_without_a_compiler(error, monkeypatch, capsys):
     """Whatever it raises, a run goes on with the plain functions, and says so once."""
 
-    def failing(*args):
+    def failing(agent, *args):
+        agent.critics.requires_grad_(False)  # as an update does for a while
         raise error
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: failing)
-    plain, args = make_run(calql_sera)
-    expected = four_updates(calql_sera, plain, args)
-    run, args = make_run(calql_sera)
-    run.compiled = calql_sera.compile_functions(run)
-    found = four_updates(calql_sera, run, args)
+    plain, args = make_run(sac_sera)
+    expected = four_updates(sac_sera, plain, args)
+    run, args = make_run(sac_sera)
+    run.compiled = sac_sera.compile_functions(run)
+    found = four_updates(sac_sera, run, args)
     assert run.compiled is None
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     reason = str(error).split("\n")[0] or "AssertionError"
     said = f"torch.compile does not work here ({reason}): going on without\n"
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("not captured")])
+def test_what_is_no_fault_of_the_compiler(error, monkeypatch):
+    """A full GPU, and an operation that a recording does not take, are somebody else's to name."""
+
+    def failing(*args):
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: failing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    run, args = make_run(sac_sera)
+    run.compiled = sac_sera.compile_functions(run)
+    with pytest.raises(type(error), match=str(error)):
+        four_updates(sac_sera, run, args)
+    assert run.compiled

@@ -9,12 +9,13 @@ import contextlib
 import copy
 import functools
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from operations import HostSync, HostSyncError, computes, count_operations, names_of
-from recompute import make_args
+from recompute import make_agent, make_args, make_kind
 from scipy.special import digamma
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -722,6 +723,49 @@ def test_recorded_training(script, cuda):
     assert replays == {case: number - 3 for case, number in calls.items() if number > 3}
     assert {case[0].online for case in replays} == {False, True}
     assert {case[0].log for case in replays} == {False, True}
+
+
+def test_a_step_cut_short_leaves_no_network_frozen(cuda, monkeypatch):
+    """A recording that fails while an update has frozen the critics: the next step trains them."""
+
+    def cut_short(run, args, kind):
+        run.agent.critics.requires_grad_(False)
+        raise RuntimeError("not while recording")
+
+    monkeypatch.setattr(td3bc_sera, "sample_and_update", cut_short)
+    agent, optimizer, args = make_agent(td3bc_sera)
+    run = SimpleNamespace(agent=agent, optimizer=optimizer, device=torch.device("cpu"))
+    td3bc_sera.record_steps(run, args)
+    with pytest.raises(RuntimeError, match="not while recording"):
+        run.recorded_step(make_kind(td3bc_sera))
+    assert all(weight.requires_grad for weight in agent.critics.parameters())
+
+
+def test_the_cause_of_a_refusal(cuda, monkeypatch, capsys):
+    """Where the end of a recording fails too, the first error is the one that is named."""
+
+    @contextlib.contextmanager
+    def graph(recorded, stream):
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    calls = []
+
+    def function(key):
+        calls.append(key)
+        if len(calls) == 4:  # the one that is recorded
+            raise RuntimeError("this operation waits for the device")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    recording = calql_sera.Recording(function)
+    for _ in range(4):
+        recording(1)
+    assert len(calls) == 5
+    reason = "this operation waits for the device"
+    said = f"CUDA graphs do not work here ({reason}): going on without\n"
+    assert capsys.readouterr().out == said
 
 
 def test_training_without_graphs(cuda, capsys):
