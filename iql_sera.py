@@ -174,6 +174,7 @@ PRESETS = {
         "sera_k": 25,
         "expectile": 0.9,
         "beta": 10.0,
+        "online_sampling": "append",
     },
     "pen-": ADROIT,
     "door-": ADROIT,
