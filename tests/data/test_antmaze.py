@@ -870,7 +870,7 @@ def test_without_a_file(tmp_path, monkeypatch):
     sizes = []
     monkeypatch.setattr(calql_sera, "train", lambda run, args: sizes.append(run.buffer.size))
     options = ["--env", UMAZE, "--device", "cpu", "--offline-steps", "0", "--mixing-ratio", "0"]
-    options += ["--online-steps", "1", "--eval-episodes", "1", "--learning-starts", "0"]
+    options += ["--online-steps", "300", "--eval-episodes", "1", "--learning-starts", "0"]
     calql_sera.main([*options, "--run-dir", str(tmp_path / "run")])
     assert sizes == [0]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
