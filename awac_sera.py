@@ -721,9 +721,8 @@ def record_steps(run: "Run", args: Args) -> None:
         try:
             return sample_and_update(run, args, kind)
         except RuntimeError:
-            run.agent.critics.requires_grad_(
-                True
-            )  # an update that was cut short may have them frozen
+            # An update that was cut short may have left them frozen.
+            run.agent.critics.requires_grad_(True)
             raise
 
     if args.cudagraphs:
@@ -752,7 +751,7 @@ def compile_functions(run: "Run") -> tuple[Callable, Callable]:
             except Exception as error:  # no Triton, no C++ compiler, a fault of the compiler
                 if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                     raise  # a fault of the recording, which says so
-                run.agent.critics.requires_grad_(True)  # an update cut short may leave them frozen
+                run.agent.critics.requires_grad_(True)  # as in record_steps
                 say(f"torch.compile does not work here ({first_line(error)}): going on without")
                 run.compiled = None
                 return function(*inputs)
