@@ -8,8 +8,8 @@ the data.
 SERA: Sample Efficient Reward Augmentation, arXiv 2310.19805, later renamed QCSE.
 
 j = 1, 2 numbers the critics Q_j and their targets Q'_j, V is the value network, pi is the policy,
-d = dim(s), and m = 1 - terminal: timeouts bootstrap, terminals do not. In this order, each with
-what the last has made:
+and m = 1 - terminal: timeouts bootstrap, terminals do not. V takes its step first; (2) and (3) use
+the new V, and policy and critics then take one step together:
 
 (1) value         L_V = mean |expectile - 1(u < 0)| u^2,  u = min_j Q'_j(s, a) - V(s)
 (2) policy        L_pi = -mean[ min(exp(beta A), 100) log pi(a|s) ],  A = min_j Q'_j(s, a) - V(s)
@@ -17,8 +17,10 @@ what the last has made:
 (4) critics       L_Q = sum_j mean (Q_j(s, a) - y)^2
 
 SERA, online only, puts r + lambda tanh(H) in place of r in (3), never in stored rewards, returns or
-scores. For rows i, j of the batch and q_i = min_j Q_j(s_i, a_i), or, with --sera-bonus v,
-q_i = V(s_i), the value network:
+scores. Here i and j are rows of the batch, psi is the digamma function, |s_i - s_j| is Euclidean, d
+counts the dimensions of s that vary, and q_i = min(Q_1, Q_2)(s_i, a_i) by the critics as they were
+before the online phase (--sera-critic), or, with --sera-bonus v, q_i = V(s_i), the value
+network:
 
 (S1) rho_i = k-th smallest over j != i of max( |s_i - s_j|, |q_i - q_j| )
 (S2) n_i   = #{ j != i : |q_i - q_j| < rho_i }
@@ -85,13 +87,16 @@ from tqdm import tqdm
 # ------------------------------ arguments
 @dataclass
 class Args:
-    """IQL with SERA: train on a D4RL dataset, then go on online."""
+    """IQL with SERA: train on a D4RL dataset, then go on online.
+
+    Defaults are those of the given --env: --env ID --help shows ID's.
+    """
 
     # ------------------------------ experiment arguments (shared)
     env: str = "hopper-medium-v2"  # D4RL dataset, or any environment that Gymnasium knows
     dataset_path: str | None = None  # HDF5 file in D4RL's format, in place of the dataset's own
     clip_actions: bool = False  # take a dataset with actions beyond [-1, 1], and clip them
-    physics: Literal["d4rl", "gymnasium"] = "d4rl"  # D4RL's masses and margins, or -v4 as shipped
+    physics: Literal["d4rl", "gymnasium"] = "d4rl"  # Gym-MuJoCo only: as in D4RL, or -v4 as shipped
     seed: int = 1  # seed of networks, batches and environment
     device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA_VISIBLE_DEVICES=1 is the second GPU
     threads: int | None = None  # of the CPU; by default one or a few, whichever is faster at start
@@ -108,32 +113,32 @@ class Args:
     offline_steps: int = 250_000  # updates on the dataset before the first online step
     online_steps: int = 250_000  # environment steps
     updates_per_step: int = 1  # updates for each environment step
-    learning_starts: int = 5_000  # random first steps of a run that has no dataset at all
-    eval_every: int = 5_000  # steps between evaluations; each phase also ends with one
+    learning_starts: int = 5_000  # random first steps, if --offline-steps and --mixing-ratio are 0
+    eval_every: int = 5_000  # steps between evaluations; also where a phase ends, or online begins
     eval_episodes: int = 10  # episodes of an evaluation
     log_every: int = 500  # steps between the losses that TensorBoard gets
-    checkpoint_every: int = 25_000  # steps between checkpoints; each phase also ends with one
+    checkpoint_every: int = 25_000  # steps between checkpoints; online, when an episode then ends
     batch_size: int = 256  # transitions of a batch
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak rate of the target networks
-    mixing_ratio: float = 0.5  # share of the dataset in a batch of --online-sampling mix
+    mixing_ratio: float = 0.5  # dataset's share of a mix; 0 with --offline-steps 0: no dataset
     normalize_observations: bool = True  # to mean 0, standard deviation 1 over the dataset
     normalize_rewards: bool = False  # times 1000 / (best - worst return of the dataset)
     reward_scale: float = 1.0  # then rewards are multiplied by this
-    reward_bias: float = 0.0  # and this is added; scores and returns keep the environment's own
+    reward_bias: float = 0.0  # and this is added; scores and episode returns keep the raw rewards
 
     # ------------------------------ SERA arguments (shared)
     sera_coef: float = 1.0  # lambda, the weight of the bonus; 0 is exactly the plain algorithm
     sera_k: int = 10  # which nearest neighbour sets the radius
-    sera_pool: int = 0  # transitions among which neighbours are sought; 0: the batch itself
-    sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA, VCSE, s alone, lambda
+    sera_pool: int = 0  # transitions drawn for each batch as its neighbours; 0: the batch itself
+    sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA's Q, a V(s), no value, lambda
     sera_critic: Literal["offline", "current", "random"] = "offline"  # frozen, learning, untrained
     sera_scale: Literal["none", "dim"] = "none"  # as printed, or states / dim and standardised q
 
     # ------------------------------ IQL arguments
-    online_sampling: Literal["append", "mix"] = "mix"  # draw from all transitions alike, or mix
+    online_sampling: Literal["append", "mix"] = "mix"  # all alike, or shares of --mixing-ratio
     actor_lr: float = 3e-4  # learning rate of the policy
-    actor_lr_schedule: Literal["auto", "constant", "cosine"] = "auto"  # auto: see make_optimizer
+    actor_lr_schedule: Literal["auto", "constant", "cosine"] = "auto"  # auto: cosine if all offline
     critic_lr: float = 3e-4  # learning rate of critics and value network
     hidden_dim: int = 256  # width of the hidden layers
     actor_layers: int = 2  # hidden layers of the policy
@@ -145,7 +150,7 @@ class Args:
 
 # What differs from the defaults, by the start of --env; longer starts win. The values are the
 # authors', who normalise rewards for all robots but ant and Adroit's hand. sera_k: the SERA
-# paper's.
+# paper's best on walker2d and antmaze-large-diverse.
 ADROIT = {
     "offline_steps": 1_000_000,
     "eval_every": 25_000,
@@ -332,8 +337,9 @@ def q_conditioned_entropy(
 
     Up to a constant, d mean(H_i) - psi(k) is the KSG estimate (Kraskov et al. 2004) of the entropy
     of states given their value, in nats. pool: observations (N, d) and q_values (N,) among which
-    neighbours are sought; by default they are the other rows of the batch. block: about so many
-    numbers are held at a time. ValueError unless 1 <= k < B, or k <= N with a pool.
+    neighbours are sought; by default they are the other rows of the batch. In a pool all rows
+    count, a copy of the row itself too. block: about so many numbers are held at a time. ValueError
+    unless 1 <= k < B, or k <= N with a pool.
     """
     batch_size, dimension = observations.shape
     pool_observations, pool_q_values = pool or (observations, q_values)
@@ -376,9 +382,9 @@ def conditioning_value(agent: nn.Module, batch: dict[str, Tensor], args: Args) -
 def conditioned_states(
     agent: nn.Module, batch: dict[str, Tensor], args: Args, varying_dims: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """States (B, d) and their q (B,), which frozen critics have left with the transitions.
+    """States (B, d) and their q (B,): as stored beside them under frozen critics, else asked now.
 
-    Without the dimensions that never change, of which ant has 84: they are no part of d.
+    Without the dimensions that cannot vary, such as 84 of ant's 111: they are no part of d.
     """
     observations = batch["observations"]
     if "bonus_q" in batch:
@@ -407,7 +413,7 @@ def intrinsic_reward(
     """lambda tanh(H) for every row (B,), and, if log, numbers to watch.
 
     agent is the one whose critics give q, unless that is stored with the transitions (bonus_q).
-    varying_dims are the state dimensions that ever change. pool: a batch for the neighbours.
+    varying_dims are the state dimensions whose bounds differ. pool: a batch for the neighbours.
     """
     if args.sera_bonus == "constant":
         return torch.full_like(batch["rewards"], args.sera_coef), {}
@@ -420,7 +426,8 @@ def intrinsic_reward(
         q_values = (q_values - mean) / std
         if pool_states:
             pool_observations, pool_q_values = pool_states
-            pool_states = pool_observations / len(varying_dims), (pool_q_values - mean) / std
+            pool_q_values = (pool_q_values - mean) / std
+            pool_states = (pool_observations / len(varying_dims), pool_q_values)
 
     entropy, radii, counts = q_conditioned_entropy(observations, q_values, args.sera_k, pool_states)
     bonus = torch.tanh(entropy)
@@ -470,8 +477,8 @@ def update(
 
     # Value network, eq. (1). Adam leaves what has no gradient, here all other networks, as it is.
     with torch.no_grad():
-        q_targets = agent.target_critics(observations, actions).amin(0)  # (B,)
-    value_loss = expectile_loss(q_targets - agent.value(observations), args.expectile)
+        target_critics_q = agent.target_critics(observations, actions).amin(0)  # (B,)
+    value_loss = expectile_loss(target_critics_q - agent.value(observations), args.expectile)
     optimizer.zero_grad()
     value_loss.backward()
     optimizer.step()
@@ -480,7 +487,7 @@ def update(
     with torch.no_grad():
         both = torch.cat([observations, next_observations])
         values, next_values = agent.value(both).chunk(2)
-        weights = (args.beta * (q_targets - values)).exp().clamp(max=100)
+        weights = (args.beta * (target_critics_q - values)).exp().clamp(max=100)
         target_q = batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_values  # (B,)
 
     # Policy and critics, eqs. (2) and (4). They share no parameter: one backward pass serves both.
@@ -1224,7 +1231,7 @@ class ReplayBuffer:
         rewards += self.args.reward_bias
         columns = {
             "observations": self.normalize(transitions["observations"]),
-            "actions": transitions["actions"].clip(-1 + 1e-5, 1 - 1e-5),  # tanh never gives 1
+            "actions": transitions["actions"].clip(-1 + 1e-5, 1 - 1e-5),  # atanh(1) is infinite
             "rewards": rewards,
             "next_observations": self.normalize(transitions["next_observations"]),
             "terminals": transitions["terminals"],
@@ -1525,7 +1532,7 @@ class Run:
     threads: int = 1  # of the CPU
     run_dir: Path | None = None
     data_sha256: str | None = None
-    varying_dims: Tensor | None = None  # the dimensions of observations that ever change
+    varying_dims: Tensor | None = None  # dimensions of observations whose bounds differ
     recorded_step: "Recording | None" = None  # on a GPU: sample_and_update
     recorded_policy: "Recording | None" = None  # on a GPU: agent.act
     compiled: tuple[Callable, Callable] | None = None  # intrinsic_reward and update
@@ -2035,6 +2042,7 @@ def set_up(
     )
     if data is None:
         run.buffer.append(no_transitions(task))  # lays out the table, also for rows of a checkpoint
+    # By the bounds of the space, not by the data: of ant's 111, 84 have low = high = 0.
     space = run.env.observation_space
     run.varying_dims = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(device)
     if checkpoint:

@@ -5,11 +5,12 @@
 
 SAC: Haarnoja et al. 2018, arXiv 1812.05905. Offline it over-estimates actions that the data lack
 (watch losses/q_policy), so that its score is usually poor there: the known result, kept as a
-baseline. From scratch: --offline-steps 0 --mixing-ratio 0.
+baseline. From scratch: --offline-steps 0 --mixing-ratio 0 --sera-critic current, as there are no
+offline critics then.
 SERA: Sample Efficient Reward Augmentation, arXiv 2310.19805, later renamed QCSE.
 
-j = 1, 2 numbers the critics Q_j and their targets Q'_j, pi is the policy, d = dim(s), |A| = dim(a),
-and m = 1 - terminal: timeouts bootstrap, terminals do not.
+j = 1, 2 numbers the critics Q_j and their targets Q'_j, pi is the policy, |A| = dim(a), and
+m = 1 - terminal: timeouts bootstrap, terminals do not.
 
 (1) target        y = r + gamma m ( min_j Q'_j(s', a') - alpha log pi(a'|s') ),  a' ~ pi(s')
 (2) critics       L_Q = sum_j mean (Q_j(s, a) - y)^2
@@ -17,8 +18,10 @@ and m = 1 - terminal: timeouts bootstrap, terminals do not.
 (4) temperature   L_alpha = -mean( log alpha (log pi(a|s) - |A|) )
 
 SERA, online only, puts r + lambda tanh(H) in place of r in (1), never in stored rewards, returns or
-scores. For rows i, j of the batch and q_i = min_j Q_j(s_i, a_i), or, with --sera-bonus v, the same
-at the policy's mean action:
+scores. Here i and j are rows of the batch, psi is the digamma function, |s_i - s_j| is Euclidean, d
+counts the dimensions of s that vary, and q_i = min(Q_1, Q_2)(s_i, a_i) by the critics as they were
+before the online phase (--sera-critic), or, with --sera-bonus v, the same at the policy's mean
+action:
 
 (S1) rho_i = k-th smallest over j != i of max( |s_i - s_j|, |q_i - q_j| )
 (S2) n_i   = #{ j != i : |q_i - q_j| < rho_i }
@@ -85,13 +88,16 @@ from tqdm import tqdm
 # ------------------------------ arguments
 @dataclass
 class Args:
-    """SAC with SERA: train on a D4RL dataset, then go on online, or start from scratch."""
+    """SAC with SERA: train on a D4RL dataset, then go on online, or start from scratch.
+
+    Defaults are those of the given --env: --env ID --help shows ID's.
+    """
 
     # ------------------------------ experiment arguments (shared)
     env: str = "hopper-medium-v2"  # D4RL dataset, or any environment that Gymnasium knows
     dataset_path: str | None = None  # HDF5 file in D4RL's format, in place of the dataset's own
     clip_actions: bool = False  # take a dataset with actions beyond [-1, 1], and clip them
-    physics: Literal["d4rl", "gymnasium"] = "d4rl"  # D4RL's masses and margins, or -v4 as shipped
+    physics: Literal["d4rl", "gymnasium"] = "d4rl"  # Gym-MuJoCo only: as in D4RL, or -v4 as shipped
     seed: int = 1  # seed of networks, batches and environment
     device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA_VISIBLE_DEVICES=1 is the second GPU
     threads: int | None = None  # of the CPU; by default one or a few, whichever is faster at start
@@ -108,30 +114,30 @@ class Args:
     offline_steps: int = 250_000  # updates on the dataset before the first online step
     online_steps: int = 250_000  # environment steps
     updates_per_step: int = 1  # updates for each environment step
-    learning_starts: int = 5_000  # random first steps of a run that has no dataset at all
-    eval_every: int = 5_000  # steps between evaluations; each phase also ends with one
+    learning_starts: int = 5_000  # random first steps, if --offline-steps and --mixing-ratio are 0
+    eval_every: int = 5_000  # steps between evaluations; also where a phase ends, or online begins
     eval_episodes: int = 10  # episodes of an evaluation
     log_every: int = 500  # steps between the losses that TensorBoard gets
-    checkpoint_every: int = 25_000  # steps between checkpoints; each phase also ends with one
+    checkpoint_every: int = 25_000  # steps between checkpoints; online, when an episode then ends
     batch_size: int = 256  # transitions of a batch
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # Polyak rate of the target networks
-    mixing_ratio: float = 0.5  # share of the dataset in a batch of --online-sampling mix
+    mixing_ratio: float = 0.5  # dataset's share of a mix; 0 with --offline-steps 0: no dataset
     normalize_observations: bool = True  # to mean 0, standard deviation 1 over the dataset
     normalize_rewards: bool = False  # times 1000 / (best - worst return of the dataset)
     reward_scale: float = 1.0  # then rewards are multiplied by this
-    reward_bias: float = 0.0  # and this is added; scores and returns keep the environment's own
+    reward_bias: float = 0.0  # and this is added; scores and episode returns keep the raw rewards
 
     # ------------------------------ SERA arguments (shared)
     sera_coef: float = 1.0  # lambda, the weight of the bonus; 0 is exactly the plain algorithm
     sera_k: int = 10  # which nearest neighbour sets the radius
-    sera_pool: int = 0  # transitions among which neighbours are sought; 0: the batch itself
-    sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA, VCSE, s alone, lambda
+    sera_pool: int = 0  # transitions drawn for each batch as its neighbours; 0: the batch itself
+    sera_bonus: Literal["q", "v", "state", "constant"] = "q"  # SERA's Q, a V(s), no value, lambda
     sera_critic: Literal["offline", "current", "random"] = "offline"  # frozen, learning, untrained
     sera_scale: Literal["none", "dim"] = "none"  # as printed, or states / dim and standardised q
 
     # ------------------------------ SAC arguments
-    online_sampling: Literal["append", "mix"] = "mix"  # draw from all transitions alike, or mix
+    online_sampling: Literal["append", "mix"] = "mix"  # all alike, or shares of --mixing-ratio
     actor_lr: float = 3e-4  # learning rate of policy and temperature
     critic_lr: float = 3e-4  # learning rate of critics
     hidden_dim: int = 256  # width of the hidden layers
@@ -141,7 +147,7 @@ class Args:
 
 # What differs from the defaults, by the start of --env; longer starts win. The defaults are the SAC
 # paper's. AntMaze and Adroit: no one publishes any, so those of the other scripts. sera_k: the SERA
-# paper's.
+# paper's best on walker2d and antmaze-large-diverse.
 ADROIT = {"offline_steps": 1_000_000, "eval_every": 25_000}
 PRESETS = {
     "hopper-medium-mini": {"offline_steps": 20_000, "online_steps": 12_000, "eval_every": 2_000},
@@ -252,9 +258,9 @@ class Agent(nn.Module):
     def act(self, observations: Tensor, deterministic: bool) -> Tensor:
         """Actions (B, a) for normalised observations (B, d): the squashed mean, or a sample."""
         mean, log_std = self.actor(observations)
-        if not deterministic:
-            mean = mean + log_std.exp() * torch.randn_like(mean)
-        return torch.tanh(mean)
+        if deterministic:
+            return torch.tanh(mean)
+        return torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
 
     def value(self, observations: Tensor) -> Tensor:
         """V(s) for --sera-bonus v: min_j Q_j at the policy's mean action, (B, d) -> (B,)."""
@@ -301,8 +307,9 @@ def q_conditioned_entropy(
 
     Up to a constant, d mean(H_i) - psi(k) is the KSG estimate (Kraskov et al. 2004) of the entropy
     of states given their value, in nats. pool: observations (N, d) and q_values (N,) among which
-    neighbours are sought; by default they are the other rows of the batch. block: about so many
-    numbers are held at a time. ValueError unless 1 <= k < B, or k <= N with a pool.
+    neighbours are sought; by default they are the other rows of the batch. In a pool all rows
+    count, a copy of the row itself too. block: about so many numbers are held at a time. ValueError
+    unless 1 <= k < B, or k <= N with a pool.
     """
     batch_size, dimension = observations.shape
     pool_observations, pool_q_values = pool or (observations, q_values)
@@ -345,9 +352,9 @@ def conditioning_value(agent: nn.Module, batch: dict[str, Tensor], args: Args) -
 def conditioned_states(
     agent: nn.Module, batch: dict[str, Tensor], args: Args, varying_dims: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """States (B, d) and their q (B,), which frozen critics have left with the transitions.
+    """States (B, d) and their q (B,): as stored beside them under frozen critics, else asked now.
 
-    Without the dimensions that never change, of which ant has 84: they are no part of d.
+    Without the dimensions that cannot vary, such as 84 of ant's 111: they are no part of d.
     """
     observations = batch["observations"]
     if "bonus_q" in batch:
@@ -376,7 +383,7 @@ def intrinsic_reward(
     """lambda tanh(H) for every row (B,), and, if log, numbers to watch.
 
     agent is the one whose critics give q, unless that is stored with the transitions (bonus_q).
-    varying_dims are the state dimensions that ever change. pool: a batch for the neighbours.
+    varying_dims are the state dimensions whose bounds differ. pool: a batch for the neighbours.
     """
     if args.sera_bonus == "constant":
         return torch.full_like(batch["rewards"], args.sera_coef), {}
@@ -389,7 +396,8 @@ def intrinsic_reward(
         q_values = (q_values - mean) / std
         if pool_states:
             pool_observations, pool_q_values = pool_states
-            pool_states = pool_observations / len(varying_dims), (pool_q_values - mean) / std
+            pool_q_values = (pool_q_values - mean) / std
+            pool_states = (pool_observations / len(varying_dims), pool_q_values)
 
     entropy, radii, counts = q_conditioned_entropy(observations, q_values, args.sera_k, pool_states)
     bonus = torch.tanh(entropy)
@@ -1189,7 +1197,7 @@ class ReplayBuffer:
         rewards += self.args.reward_bias
         columns = {
             "observations": self.normalize(transitions["observations"]),
-            "actions": transitions["actions"].clip(-1 + 1e-5, 1 - 1e-5),  # tanh never gives 1
+            "actions": transitions["actions"].clip(-1 + 1e-5, 1 - 1e-5),  # atanh(1) is infinite
             "rewards": rewards,
             "next_observations": self.normalize(transitions["next_observations"]),
             "terminals": transitions["terminals"],
@@ -1490,7 +1498,7 @@ class Run:
     threads: int = 1  # of the CPU
     run_dir: Path | None = None
     data_sha256: str | None = None
-    varying_dims: Tensor | None = None  # the dimensions of observations that ever change
+    varying_dims: Tensor | None = None  # dimensions of observations whose bounds differ
     recorded_step: "Recording | None" = None  # on a GPU: sample_and_update
     recorded_policy: "Recording | None" = None  # on a GPU: agent.act
     compiled: tuple[Callable, Callable] | None = None  # intrinsic_reward and update
@@ -2000,6 +2008,7 @@ def set_up(
     )
     if data is None:
         run.buffer.append(no_transitions(task))  # lays out the table, also for rows of a checkpoint
+    # By the bounds of the space, not by the data: of ant's 111, 84 have low = high = 0.
     space = run.env.observation_space
     run.varying_dims = torch.from_numpy(np.flatnonzero(space.low < space.high)).to(device)
     if checkpoint:

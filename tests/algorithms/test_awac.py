@@ -144,7 +144,7 @@ def test_value_and_bonus():
 def test_weights_by_hand(kind, awac_lambda, advantages, expected):
     """Softmax weights of a batch of two at lambda 2; exp weights up to the clip at 100."""
     args = awac_sera.Args(advantage_weights=kind, awac_lambda=awac_lambda)
-    weights = awac_sera.advantage_weights(torch.tensor(advantages).float(), args)
+    weights = awac_sera.awac_weights(torch.tensor(advantages).float(), args)
     torch.testing.assert_close(weights, torch.tensor(expected).float(), rtol=1e-5, atol=1e-6)
 
 
@@ -155,7 +155,7 @@ def test_softmax_weights_average_one(batch_size):
     advantages = 3 * torch.randn(batch_size)
     args = awac_sera.Args(awac_lambda=1.5)
     for shift in (0, -500):
-        weights = awac_sera.advantage_weights(advantages + shift, args)
+        weights = awac_sera.awac_weights(advantages + shift, args)
         assert weights.mean().item() == pytest.approx(1, rel=1e-5)
         ratio = ((advantages[0] - advantages[1]) / 1.5).exp().item()
         assert (weights[0] / weights[1]).item() == pytest.approx(ratio, rel=1e-3)
