@@ -901,7 +901,7 @@ def own_task(env_id: str) -> Task:
     except Exception as error:  # whatever an environment or an import may raise
         others = [known for known in known_ids() if known != env_id]
         close = difflib.get_close_matches(env_id, others, n=1)
-        unknown = "is no dataset of D4RL's, and Gymnasium cannot make it"
+        unknown = "is no dataset that is supported, and Gymnasium cannot make it"
         fix = f"did you mean {close[0]}?" if close else "give one such as hopper-medium-v2"
         raise ValueError(f"--env {env_id} {unknown} ({first_line(error)}): {fix}") from None
     states, actions = env.observation_space, env.action_space
@@ -1364,6 +1364,12 @@ def rescale_actions(env: gymnasium.Env) -> gymnasium.Env:
     return gymnasium.wrappers.TransformAction(env, rescaled, unit)
 
 
+def plain_values(env: gymnasium.Env) -> gymnasium.Env:
+    """States as copies: some environments go on writing in theirs. Rewards as numbers, not (1,)."""
+    env = gymnasium.wrappers.TransformObservation(env, np.array, env.observation_space)
+    return gymnasium.wrappers.TransformReward(env, lambda reward: float(np.squeeze(reward)))
+
+
 def is_of_gym_mujoco(task: Task) -> bool:
     """Whether it is D4RL's hopper, halfcheetah, walker2d or ant, and not one's own."""
     robots = {robot.env_id for robot in TASKS.values()}
@@ -1391,7 +1397,7 @@ def make_env(
         if video_dir:
             env = film(env, video_dir)
     if task.random_return is None:
-        env = rescale_actions(env)
+        env = plain_values(rescale_actions(env))
     env = gymnasium.wrappers.ClipAction(env)
     return gymnasium.wrappers.RecordEpisodeStatistics(env)
 

@@ -14,8 +14,8 @@ episode ends at the goal.
 
     python data/collect.py pen-expert-v1.hdf5 my-pen.hdf5 --env pen-expert-v1
 
-samples from the policy that D4RL keeps in its own files of Gym-MuJoCo's -medium and -expert and of
-Adroit's -expert and -cloned.
+samples from the policy that D4RL keeps in its own files of Gym-MuJoCo's -medium-v2 and -expert-v2
+and of Adroit's -expert-v1.
 """
 
 import importlib
@@ -209,7 +209,7 @@ class PolicyInFile:
                 self.activation = activations[policy["nonlinearity"][()]]
                 self.squashed = policy["output_distribution"][()] == b"tanh_gaussian"
         except (OSError, KeyError) as error:
-            fix = "give one of Gym-MuJoCo's -medium or -expert, or of Adroit's -expert or -cloned"
+            fix = "give one of Gym-MuJoCo's -medium-v2 or -expert-v2, or of Adroit's -expert-v1"
             raise ValueError(f"{path} holds no policy ({error}): {fix}") from None
         *self.hidden_layers, self.mean_layer, self.log_std_layer = layers
         first_weight, _ = layers[0]
@@ -287,11 +287,24 @@ def collect(args: Args) -> tuple[dict[str, np.ndarray], dict]:
     return arrays, attributes
 
 
+def check_mix(checkpoints: tuple[str, ...]) -> None:
+    """ValueError unless they are of one environment; other files are of the one in --env."""
+    known = {}
+    for checkpoint in checkpoints:
+        if not checkpoint.endswith((".npz", ".hdf5")):
+            args = read_checkpoint(checkpoint)["args"]
+            known[checkpoint] = f"{args['env']} with the physics of {args['physics']}"
+    if len(set(known.values())) > 1:
+        found = ", ".join(f"{checkpoint} is of {env}" for checkpoint, env in known.items())
+        raise ValueError(f"{found}: mix policies of one environment")
+
+
 def collect_mix(args: Args) -> tuple[dict[str, np.ndarray], dict]:
     """The same from several policies, one after the other, each with the next seed."""
     parts = []
     attributes = {}
     checkpoints = (args.checkpoint, *args.mix)
+    check_mix(checkpoints)
     for number, checkpoint in enumerate(checkpoints):
         first = number * args.steps // len(checkpoints)
         last = (number + 1) * args.steps // len(checkpoints)

@@ -134,7 +134,10 @@ def format_of_arrays(names: set[str]) -> str | None:
     if not found >= {"observations", "actions"}:
         return None
     reward_free = not found & {"rewards", "timeouts"}
-    if {"observations", "actions", "terminals"} <= names and ("masks" in names or reward_free):
+    # Others have masks too: OGBench's come with next_observations or, in its compact form, valids.
+    is_masked = "masks" in names and bool(names & {"next_observations", "valids"})
+    is_masked &= "timeouts" not in found
+    if {"observations", "actions", "terminals"} <= names and (is_masked or reward_free):
         return "ogbench"
     return "arrays"
 
@@ -234,15 +237,32 @@ def refuse_keys(source: str, keys: str | None) -> None:
         raise ValueError(f"--keys is {keys}, but {found}: leave it out")
 
 
+def is_image(node) -> bool:
+    """Whether it has more than one axis per step, or holds JPEG files, as Minari stores images."""
+    if np.ndim(node) > 2:
+        return True
+    if not isinstance(node, h5py.Dataset) or len(node) == 0:
+        return False
+    if h5py.check_vlen_dtype(node.dtype) is not None:
+        return True
+    start = np.array([0xFF, 0xD8, 0xFF])
+    return node.ndim == 2 and node.dtype == np.uint8 and np.array_equal(node[0, :3], start)
+
+
+def in_order(key: str) -> str:
+    """What to sort names by: the parts of a Tuple, _index_0 and so on, in their own order."""
+    return re.sub(r"_index_(\d+)", lambda match: f"_index_{int(match[1]):09d}", key)
+
+
 def choose_keys(observations, wanted: str | None, place: str) -> tuple[list[str], list[str]]:
     """The keys to take, in order, and the image keys that are left out; ([""], []) without keys."""
     found = leaves(observations)
     if list(found) == [""]:
         refuse_keys(place, wanted)
         return [""], []
-    images = sorted(key for key, node in found.items() if np.ndim(node) > 2)
+    images = sorted(key for key, node in found.items() if is_image(node))
     if wanted is None:
-        order = sorted(found.keys() - images)
+        order = sorted(found.keys() - images, key=in_order)
     else:
         order = [key.strip() for key in wanted.split(",")]
     known = ", ".join(sorted(found))
@@ -650,18 +670,19 @@ def read_adroit_binary(source: str, keys: str | None) -> tuple[Rows, dict]:
         if not isinstance(given, dict) or not {"observations", "actions", "rewards"} <= set(given):
             fix = "name one of the authors' files"
             raise ValueError(f"{place} has no observations, actions and rewards: {fix}")
-        actions = np.array(list(given["actions"]), dtype=np.float64)
-        rewards = np.array(list(given["rewards"]), dtype=np.float32).reshape(-1)[: len(actions)]
+        actions = numbers(list(given["actions"]), f"actions of {place}", axes=2, dtype=np.float64)
+        rewards = numbers(np.ravel(list(given["rewards"])), f"rewards of {place}", axes=1)
+        rewards = rewards[: len(actions)]
         if not np.isin(rewards, (-1, 0)).all():
             raise ValueError(f"{place} has rewards other than -1 and 0: name a binary task's file")
         successes = np.flatnonzero(rewards == 0)
         steps = successes[0] + 1 if len(successes) else len(actions)
         next_observations = None
         if "next_observations" in given:
-            next_observations = plain_observations(given["next_observations"])[:steps]
+            next_observations = plain_observations(given["next_observations"], place)[:steps]
         part = trajectory(
             place,
-            plain_observations(given["observations"])[:steps],
+            plain_observations(given["observations"], place)[:steps],
             actions[:steps],
             rewards[:steps],
             rewards[:steps] == 0,
@@ -671,14 +692,17 @@ def read_adroit_binary(source: str, keys: str | None) -> tuple[Rows, dict]:
     return joined(parts, source), {}
 
 
-def plain_observations(observations) -> np.ndarray:
+def plain_observations(observations, place: str) -> np.ndarray:
     """(T, d) float32, also from a list of dictionaries with a state_observation each."""
     rows = []
     for observation in observations:
         if isinstance(observation, dict):
+            if "state_observation" not in observation:
+                fix = "name one of the authors' files"
+                raise ValueError(f"{place} has observations without state_observation: {fix}")
             observation = observation["state_observation"]
         rows.append(observation)
-    return np.array(rows, dtype=np.float32)
+    return numbers(rows, f"observations of {place}", axes=2)
 
 
 # ------------------------------ D4RL's format
@@ -729,7 +753,7 @@ def rescaled(actions: np.ndarray, low: np.ndarray, high: np.ndarray, source: str
         number = np.flatnonzero(beyond.any(axis=0))[0]
         values = actions[:, number]
         found = f"{values.min():g} to {values.max():g}, beyond {low[number]:g} and {high[number]:g}"
-        fix = "give the environment's bounds with --action-low and --action-high"
+        fix = "give the environment's bounds (--action-low, --action-high), or clip them first"
         raise ValueError(f"action {number} of {source} runs from {found}: {fix}")
     if (low == -1).all() and (high == 1).all():
         return actions.astype(np.float32)  # bit for bit

@@ -940,7 +940,7 @@ def test_importing_leaves_no_loop_variable_behind():
 def test_other_ids(env, script, refuse):
     """Ids that D4RL has not, or that are not supported, are named."""
     message = refuse(script, "--env", env)
-    assert f"--env {env} is no dataset of D4RL's" in message
+    assert f"--env {env} is no dataset that is supported" in message
     with pytest.raises(ValueError, match=env):
         script.make_env(env)
 

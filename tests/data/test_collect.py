@@ -218,7 +218,7 @@ def test_mean_and_score(tmp_path):
     assert attributes["mean_score"] == pytest.approx(score, rel=1e-5)
 
 
-def test_mix(tmp_path):
+def test_mix(tmp_path, capsys):
     """Two policies of one's own task share the steps; the first part ends as a timeout."""
     options = [*("--env", "pendulum-mini", "--device", "cpu", "--hidden-dim", "8", "--sera-k", "5")]
     options += ["--batch-size", "32", "--eval-episodes", "1", "--online-steps", "1"]
@@ -237,6 +237,13 @@ def test_mix(tmp_path):
     assert (attributes["seed_1"], attributes["seed_2"]) == (0, 1)
     assert attributes["episodes_1"] == attributes["episodes_2"] == 1
     assert "mean_score_1" not in attributes
+    sac = importlib.import_module("sac_sera")
+    sac.main([*SMALL, "--run-dir", str(tmp_path / "other")])
+    other = str(tmp_path / "other" / "checkpoint.pt")
+    output = str(tmp_path / "no.hdf5")
+    with pytest.raises(SystemExit):
+        collect.main([other, output, "--mix", checkpoints[0], "--steps", "4"])
+    assert f"{checkpoints[0]} is of" in capsys.readouterr().err
     alone = str(tmp_path / "alone.hdf5")
     collect.main([checkpoints[1], alone, "--steps", "211", "--seed", "1"])
     own, _ = read(alone)

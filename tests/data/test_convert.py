@@ -604,11 +604,46 @@ def test_ogbench(kind, run, tmp_path):
     episodes[0]["terminals"][1] = True
     episodes[1]["terminals"][2] = True
     np.savez(tmp_path / "x.npz", **ogbench_arrays(episodes, kind))
-    output, attributes, printed = run(tmp_path / "x.npz")
+    said = ["--format", "ogbench"] if kind == "file" else []
+    output, attributes, printed = run(tmp_path / "x.npz", *said)
     assert_gives(output, transitions_of(episodes))
-    assert "format: ogbench (recognised)" in printed
+    assert ("format: ogbench (recognised)" in printed) == (kind != "file")
     assert attributes["episodes"] == 4
     assert attributes["steps_without_next_observation"] == 0
+
+
+def test_arrays_with_masks(run, tmp_path):
+    """Plain arrays that have masks beside terminals and timeouts are no file of OGBench's."""
+    episodes = make_episodes([(4, "terminal"), (3, "cut"), (2, "cut")])
+    columns = flat(episodes)
+    arrays = {name: columns[name] for name in ("observations", "actions", "rewards", "terminals")}
+    arrays |= {"timeouts": columns["ends"] & ~columns["terminals"], "masks": ~columns["terminals"]}
+    np.savez(tmp_path / "x.npz", **arrays)
+    output, _, printed = run(tmp_path / "x.npz")
+    assert "format: arrays (recognised)" in printed
+    assert_gives(output, transitions_of(episodes, last_is_known=False))
+
+
+def test_order_of_a_tuple():
+    """By its numbers, not by their first digits."""
+    observations = tuple(np.full((3, 1), float(number)) for number in range(12))
+    order, images = convert.choose_keys(observations, None, "x")
+    assert order == [f"_index_{number}" for number in range(12)] and images == []
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_jpeg_files(equal, tmp_path):
+    """Minari stores images as JPEG files, a row of bytes each: they are images all the same."""
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        file["state"] = np.zeros((3, 2))
+        file["bytes"] = np.zeros((3, 5), dtype=np.uint8)  # states of bytes are states
+        if equal:
+            file["image"] = np.array([[0xFF, 0xD8, 0xFF, 0xE0, 1]] * 3, dtype=np.uint8)
+        else:
+            rows = file.create_dataset("image", (3,), dtype=h5py.vlen_dtype(np.uint8))
+            for number in range(3):
+                rows[number] = np.array([0xFF, 0xD8, 0xFF] + [0] * number, dtype=np.uint8)
+        assert convert.choose_keys(file["/"], None, "x") == (["bytes", "state"], ["image"])
 
 
 def test_actions_of_d4rl_files(run, refuse, tmp_path):
@@ -1005,6 +1040,14 @@ def test_pickles_are_read_only_if_allowed(tmp_path, capsys):
         (
             [{"observations": [[0.0]], "actions": [[0.0]], "rewards": [0.5]}],
             "rewards other than -1 and 0",
+        ),
+        (
+            [{"observations": [[np.nan]], "actions": [[0.0]], "rewards": [-1]}],
+            "observations of trajectory 0",
+        ),
+        (
+            [{"observations": [{"x": 0.0}], "actions": [[0.0]], "rewards": [-1]}],
+            "state_observation",
         ),
     ],
 )

@@ -313,7 +313,7 @@ def test_unknown_ids(env):
     with pytest.raises(ValueError) as caught:
         calql_sera.find_task(env)
     message = str(caught.value)
-    start = f"--env {env} is no dataset of D4RL's, and Gymnasium cannot make it ("
+    start = f"--env {env} is no dataset that is supported, and Gymnasium cannot make it ("
     assert message.startswith(start)
     assert message.endswith(f"): {UNKNOWN[env]}")
     example = re.search(r"(?:such as|you mean) ([^?\s]+)\??$", message)[1]

@@ -55,6 +55,18 @@ class Slider(gymnasium.Env):
         return self.state.copy(), reward, bool(abs(self.state[0]) > 2), False, {}
 
 
+class InPlace(Slider):
+    """Goes on writing in the array that it gave, and pays in arrays of one."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.state, {}
+
+    def step(self, action):
+        _, reward, *rest = super().step(action)
+        return self.state, np.array([reward]), *rest
+
+
 class Plain(Slider):
     def __init__(self):
         super().__init__()
@@ -81,6 +93,7 @@ KINDS = {
 for name, kwargs in KINDS.items():
     gymnasium.register(f"{name}-v0", Slider, max_episode_steps=20, kwargs=kwargs)
 gymnasium.register("Endless-v0", Slider)
+gymnasium.register("InPlace-v0", InPlace, max_episode_steps=20)
 gymnasium.register("Plain-v0", Plain)
 gymnasium.register("Broken-v0", Broken)
 '''
@@ -264,7 +277,7 @@ def test_actions_without_bounds(env, refusal):
 def test_environments_that_cannot_be_made(env, reason, refusal):
     """The reason in one line, whatever the environment or the import raised."""
     message = refusal(env)
-    assert f"--env {env} is no dataset of D4RL's, and Gymnasium cannot make it (" in message
+    assert f"--env {env} is no dataset that is supported, and Gymnasium cannot make it (" in message
     assert reason in message
     assert "see the manual" not in message
 
@@ -459,6 +472,19 @@ def test_offline_steps_without_data(refusal):
 
 
 # ------------------------------ whole runs
+def test_states_of_an_environment_that_overwrites_them(script):
+    """Each is kept as it was, and rewards are numbers; Gymnasium's vector ones copy, too."""
+    env = script.make_env("sliders:InPlace-v0")
+    states = [env.reset(seed=1)[0]]
+    for _ in range(3):
+        state, reward, *_ = env.step(np.ones(3, dtype=np.float32))
+        states.append(state)
+        assert type(reward) is float
+    assert len({tuple(state) for state in states}) == 4
+    _, lengths, _ = script.evaluate(lambda states: np.zeros((len(states), 3)), [env], [1])
+    assert lengths.tolist() == [20]
+
+
 def test_a_run(script, slider_data, tmp_path, capsys):
     """Both phases: empty cells for scores, returns in bar and summary, no score in TensorBoard."""
     run_dir = tmp_path / "run"

@@ -113,7 +113,7 @@ def test_good_input_is_not_refused(trained, good, tmp_path):
 def test_unknown_env(env, refuse, good):
     """An unknown id is named, with a known one, even if a file is given."""
     message = refuse("--env", env, "--dataset-path", good)
-    assert_names(message, f"--env {env} is no dataset of D4RL's")
+    assert_names(message, f"--env {env} is no dataset that is supported")
     assert re.search(r": did you mean (hopper|walker2d)-\w+(-\w+)?-v2\?$|Hopper-v5\?$", message)
 
 
