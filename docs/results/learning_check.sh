@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 job() { # name, script, robot, options
     local name=$1 script=$2 robot=$3 defaults=""
     case $script in # the defaults of the commit whose scores the page shows
-    td3bc*) defaults="--online-sampling mix" ;;
+    td3bc* | awac*) defaults="--online-sampling mix" ;;
     iql*) defaults="--actor-lr-schedule cosine" ;;
     esac
     echo "$name $script --env $robot-medium-v2 ${DATA:+--dataset-path $DATA/$robot.hdf5} $defaults ${*:4}"
