@@ -149,7 +149,7 @@ class Args:
 # What differs from the defaults, by the start of --env; longer starts win. The defaults are the
 # authors', with networks, batch and AntMaze's r - 1 of CORL, whose table we compare with. Adroit:
 # CORL's weights. sera_k: the SERA paper's best on walker2d and antmaze-large-diverse. With the two
-# bundled datasets the online phase is too short for append, which would draw few online transitions.
+# bundled datasets the online phase is too short for append: it would draw few online transitions.
 ADROIT = {
     "offline_steps": 1_000_000,
     "eval_every": 25_000,
