@@ -89,7 +89,7 @@ from tqdm import tqdm
 class Args:
     """IQL with SERA: train on a D4RL dataset, then go on online.
 
-    Defaults are those of the given --env: --env ID --help shows ID's.
+    Defaults depend on --env: --env ID --help shows those of ID.
     """
 
     # ------------------------------ experiment arguments (shared)

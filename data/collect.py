@@ -35,7 +35,8 @@ from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # where the scripts are
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]  # where the scripts are, and convert.py
+from convert import write  # noqa: E402
 
 TYPES = {
     "observations": np.float32,
@@ -330,28 +331,13 @@ def check_args(args: Args) -> None:
         raise ValueError(f"there is no folder {output.parent}: name a file in one that exists")
 
 
-def write(path: str, arrays: dict[str, np.ndarray], attributes: dict) -> None:
-    """A new HDF5 file, compressed, which appears when it is whole."""
-    part = Path(f"{path}.part")
-    try:
-        with h5py.File(part, "w") as file:
-            for name, array in arrays.items():
-                file.create_dataset(
-                    name, data=array, compression="gzip", compression_opts=9, shuffle=True
-                )
-            file.attrs.update(attributes)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Bad input ends in one sentence on stderr and exit code 2."""
     args = tyro.cli(Args, args=argv)
     try:
         check_args(args)
         arrays, attributes = collect(args)
-        write(args.output, arrays, attributes)
+        write(args.output, arrays, attributes, level=9)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

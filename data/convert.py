@@ -135,9 +135,10 @@ def format_of_arrays(names: set[str]) -> str | None:
         return None
     reward_free = not found & {"rewards", "timeouts"}
     # Others have masks too: OGBench's come with next_observations or, in its compact form, valids.
-    is_masked = "masks" in names and bool(names & {"next_observations", "valids"})
-    is_masked &= "timeouts" not in found
-    if {"observations", "actions", "terminals"} <= names and (is_masked or reward_free):
+    says_what_follows = bool(names & {"next_observations", "valids"})
+    is_masked = "masks" in names and "timeouts" not in found
+    has_its_marks = reward_free or (is_masked and says_what_follows)
+    if {"observations", "actions", "terminals"} <= names and has_its_marks:
         return "ogbench"
     return "arrays"
 
@@ -842,13 +843,14 @@ def convert(args: Args) -> tuple[dict[str, np.ndarray], dict]:
     return arrays, attributes
 
 
-def write(path: str, arrays: dict[str, np.ndarray], attributes: dict) -> None:
-    """A new HDF5 file, compressed, which appears when it is whole."""
+def write(path: str, arrays: dict[str, np.ndarray], attributes: dict, level: int = 4) -> None:
+    """A new HDF5 file, which appears when it is whole; level: of gzip's compression, up to 9."""
     part = Path(f"{path}.part")
     try:
         with h5py.File(part, "w") as file:
             for name, array in arrays.items():
-                file.create_dataset(name, data=array, compression="gzip", shuffle=True)
+                how = {"compression": "gzip", "compression_opts": level, "shuffle": True}
+                file.create_dataset(name, data=array, **how)
             file.attrs.update(attributes)
         part.rename(path)
     finally:

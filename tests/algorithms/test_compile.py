@@ -78,8 +78,11 @@ def test_without_a_compiler(error, monkeypatch, capsys):
     assert capsys.readouterr().out == said
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("not captured")])
-def test_what_is_no_fault_of_the_compiler(error, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "is_recording"),
+    [(torch.OutOfMemoryError("full"), False), (RuntimeError("not captured"), True)],
+)
+def test_what_is_no_fault_of_the_compiler(error, is_recording, monkeypatch):
     """A full GPU, and an operation that a recording does not take, are somebody else's to name."""
 
     def failing(*args):
@@ -87,7 +90,7 @@ def test_what_is_no_fault_of_the_compiler(error, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: failing)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_recording)
     run, args = make_run(sac_sera)
     run.compiled = sac_sera.compile_functions(run)
     with pytest.raises(type(error), match=str(error)):
