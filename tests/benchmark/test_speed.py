@@ -16,6 +16,7 @@ import bonus
 import bonuses
 import checkpoint
 import count
+import denormals
 import parts
 import peak
 import speed
@@ -38,6 +39,7 @@ def as_before(monkeypatch):
         monkeypatch.setattr(script, "make_env", script.make_env)
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
@@ -374,6 +376,57 @@ def test_checkpoint(script, tmp_path):
     written = script.read_checkpoint(tmp_path / "checkpoint.pt")
     assert len(written["online_rows"]) == 1000
     assert figures["MB"] == (tmp_path / "checkpoint.pt").stat().st_size / 1e6
+
+
+def test_cost_of_denormal_numbers(tmp_path, capsys, monkeypatch):
+    """Each turn starts from the checkpoint, with denormal numbers kept or flushed; files stay."""
+    script = importlib.import_module("td3bc_sera")
+    subjects.write_data(tmp_path / "data.hdf5", subjects.HOPPER, rows=600)
+    run_dir = tmp_path / "run"
+    options = f"--env hopper-medium-v2 --dataset-path {tmp_path}/data.hdf5 --run-dir {run_dir} "
+    options += "--device cpu --threads 1 --offline-steps 3 --online-steps 0 --eval-episodes 1"
+    script.main((options + SMALL).split())
+    files = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    trained = script.read_checkpoint(run_dir / "checkpoint.pt")
+    starts = []
+
+    def train_step(run, args, kind):
+        flushed = not bool((torch.tensor([2e-38]) * 0.1).view(torch.int32).any())
+        weights = run.agent.state_dict()
+        equal = all(torch.equal(weights[name], x) for name, x in trained["agent"].items())
+        moments = run.optimizer.state_dict()["state"][0]
+        equal &= torch.equal(moments["exp_avg"], trained["optimizer"]["state"][0]["exp_avg"])
+        starts.append((flushed, equal, kind))
+        with torch.no_grad():
+            for x in (*run.agent.parameters(), moments["exp_avg"]):
+                x += 1
+
+    monkeypatch.setattr(script, "train_step", train_step)
+    capsys.readouterr()
+    assert denormals.main(denormals.Args(runs=(run_dir,), seconds=0, rounds=2)) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith("| td3bc_sera, hopper-medium-v2, offline 3 | 0 | 0 |")
+    assert [start[:2] for start in starts] == [
+        (False, True),
+        (True, True),
+        (True, True),
+        (False, True),
+    ]
+    assert {(kind.online, tuple(kind.rows)) for *_, kind in starts} == {(False, (32, 0, 0))}
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == files
+    assert denormals.main(denormals.Args(runs=(tmp_path / "none",))) == 2
+    assert "checkpoint.pt" in capsys.readouterr().err
+
+
+def test_denormal_numbers_are_counted():
+    """Not zeros, not the smallest normal number, and whether or not they are flushed just now."""
+    torch.set_flush_denormal(True)
+    agent = {"weight": torch.tensor([0, 2**23, 1, 5], dtype=torch.int32).view(torch.float32)}
+    moments = {"exp_avg": torch.tensor([7, 8], dtype=torch.int32).view(torch.float32)}
+    moments["step"] = torch.tensor(3.0)
+    checkpoint = {"agent": agent, "optimizer": {"state": {0: moments}}}
+    assert float(agent["weight"][1]) == 2**-126
+    assert denormals.count_denormals(checkpoint) == (2, 2)
 
 
 def test_counts(script):

@@ -373,6 +373,25 @@ def test_blocks_on_older_glibc(monkeypatch):
     assert asked == [(-3, 2**30), (-3, 2**25), (-1, 2**31 - 1)]
 
 
+def test_denormal_numbers_are_flushed(data, tmp_path):
+    """In all threads, once a run is set up; before, the control, they are not."""
+    options = f"{OPTIONS} --threads 2 --dataset-path {data} --run-dir {tmp_path}/run"
+    code = f"""
+import sac_sera
+import torch
+
+def denormals(count):
+    return (torch.full((count,), 2e-38) * 0.1).view(torch.int32).count_nonzero().item()
+
+before = denormals(1)  # so few that no thread is started
+sac_sera.set_up(sac_sera.parse_args({options.split()}))
+print(torch.get_num_threads(), before, denormals(1_000_000))
+"""
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.splitlines()[-1] == "2 1 0"
+
+
 # ------------------------------ GPUs
 def test_second_gpu_in_the_help(capsys):
     """--help says how to choose another GPU."""
