@@ -168,6 +168,21 @@ def test_sampled_actions_are_valued_at_the_state():
     assert logs["losses/td"] == pytest.approx(td, rel=1e-4)
 
 
+@pytest.mark.parametrize("script", [cql_sera, calql_sera])
+def test_the_multiplier_has_a_bound(script):
+    """w' beyond 1e6 counts as 1e6 and gets no gradient; critics learn as with that fixed weight."""
+    tuned, optimizer, args = make_agent(script, cql_actions=3, cql_lagrange=True, cql_weight=2.0)
+    fixed, fixed_optimizer, fixed_args = make_agent(script, cql_actions=3, cql_weight=2e6)
+    with torch.no_grad():
+        tuned.log_multiplier.fill_(20.0)
+    updated(script, tuned, optimizer, make_batch(), args)
+    updated(script, fixed, fixed_optimizer, make_batch(), fixed_args)
+    assert tuned.log_multiplier.grad.item() == 0
+    for name, parameter in tuned.critics.named_parameters():
+        assert parameter.grad.any(), name
+        torch.testing.assert_close(parameter.grad, fixed.critics.get_parameter(name).grad)
+
+
 def test_lagrange_loss_reaches_the_multiplier_alone():
     """w' has the slope -1/2 sum_j w' w (C_j - g); critics learn as with the fixed weight w' w."""
     changes = {"cql_lagrange": True, "cql_weight": 2.0, "cql_gap": 0.4}

@@ -132,6 +132,16 @@ def test_other_robots(script, tmp_path, env):
     assert {row["phase"] for row in rows(tmp_path / "run")} == {"offline", "online"}
 
 
+def test_dimensions_that_vary(script, tmp_path):
+    """The bonus leaves out ant's 84 zeros, and nothing of a robot without such."""
+    for env, varying in (("ant-medium-v2", 27), ("hopper-medium-v2", 11)):
+        task = script.find_task(env)
+        path = write_dataset(tmp_path / f"{env}.hdf5", task.observation_dim, task.action_dim)
+        argv = ["--env", env, "--dataset-path", path, *SMALL, "--run-dir", str(tmp_path / env)]
+        run = script.set_up(script.parse_args(argv))
+        assert run.varying_dims.tolist() == list(range(varying))
+
+
 def test_evaluation_leaves_training_alone(script, tmp_path):
     """Evaluating more often changes no weight, and at a given step starts are the same."""
     steps = options("--offline-steps 12 --online-steps 24 --eval-every")

@@ -5,11 +5,13 @@ The sections that make them are the same in every script, so long tests run on o
 
 import itertools
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from recorded_run import (
     ENV,
+    Scripted,
     assert_same,
     differ,
     part,
@@ -451,6 +453,26 @@ def test_bonus_in_the_batch(train):
             assert torch.equal(asked.rewards, sample.batch["rewards"])
             assert asked.varying_dims.tolist() == list(range(11))
         assert torch.equal(update.rewards, expected)
+
+
+class EndsAtTheLimit(Scripted):
+    """Fails in the very step that also reaches the time limit."""
+
+    def step(self, action):
+        observation, reward, *_ = super().step(action)
+        ends = self.time == 7
+        return observation, reward, ends, ends, {}
+
+
+def test_terminal_in_the_last_step_of_the_time_limit(train):
+    """Terminated and truncated at once is a terminal: nothing comes after it."""
+
+    def make_env(*_, **__):
+        return gymnasium.wrappers.RecordEpisodeStatistics(EndsAtTheLimit())
+
+    run = train("--online-steps", "21", make_env=make_env)
+    last_of_seven = [float(step % 7 == 6) for step in range(21)]
+    assert run.rows["terminals"].tolist() == last_of_seven
 
 
 def test_bonus_is_never_stored(sera):
