@@ -96,8 +96,9 @@ def visited_states(checkpoint: dict, buffer) -> np.ndarray:
     """The states of all online steps, in the environment's own units."""
     mean = checkpoint["normalizer"]["mean"].numpy()
     std = checkpoint["normalizer"]["std"].numpy()
-    columns = buffer.as_columns(checkpoint["online_rows"])
-    return columns["observations"].numpy() * std + mean
+    # Only the states: with another bonus (other_bonuses.py) a row has no q at its end.
+    states = checkpoint["online_rows"][:, buffer.columns["observations"]]
+    return states.numpy() * std + mean
 
 
 def coverage_rows(key: list[str], visited: np.ndarray, points: int, dataset: Dataset) -> list:

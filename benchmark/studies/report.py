@@ -32,7 +32,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.stats import bootstrap, trim_mean
+from scipy.stats import binomtest, bootstrap, t, trim_mean
 
 KEYS = ["script", "env", "variant", "seed"]
 CELL = KEYS[:3]  # the runs of a cell differ in the seed alone
@@ -44,6 +44,7 @@ BIAS_VALUES = ["q", "discounted_return", "bias"]
 BIAS = [*KEYS, *BIAS_VALUES]
 WATCHED = ["run", "metric", "value"]
 NUMBERS = ["final", "last five", "offline", "dip", "area"]
+FEWEST_RUNS = 5  # to resample: the bootstrap interval of three is hardly more than their range
 
 # Of the variants: Okabe and Ito's colours, which the colour-blind tell apart too. With more
 # variants than colours another line style begins.
@@ -59,15 +60,22 @@ evaluations, the larger). **area**: mean height of the online curve, by trapezoi
 an online phase has final, last five and area of the offline one.
 """
 COMPARISON_NOTE = """
-**IQM**: mean of the final scores without the lowest and the highest quarter (rounded down: with
-fewer than 4 runs it is the mean). In brackets: 95 % percentile bootstrap intervals, seeds resampled
-within each task; with few seeds they are too narrow. **all**: a script's tasks together, a dash
-where one has no run.
+By the **last five**. **IQM**: their mean without the lowest and the highest quarter of the runs
+(rounded down: with fewer than 4 runs it is the mean), from 5 seeds on with a 95 % percentile
+bootstrap interval in brackets, seeds resampled within each task. **all**: a script's tasks
+together, a dash where one has no run.
 """
 BASELINE_NOTE = """
 **P(X > Y)**: chance that a run of the variant ends above one of the baseline, `{}`: all pairs of
-seeds, ties half, averaged over tasks. **Paired difference**: final score minus the baseline's with
-the same seed.
+seeds, ties half, averaged over tasks; intervals as above. **Paired difference**: the mean of each
+seed's score minus the baseline's with the same seed, for **all** of its mean over tasks, and in
+brackets Student's 95 % interval for the seeds (of two or three it is wide, and rightly).
+"""
+SUCCESS_NOTE = """## Success
+
+Episodes of the last five evaluations that reached the goal, of how many, and in brackets Wilson's
+95 % interval in percent. It is that of the episodes of this one run: how much runs differ, only
+other seeds can say. All runs are evaluated from the same starts.
 """
 BIAS_NOTE = """## Value bias
 
@@ -82,8 +90,8 @@ Read off the logs: means over the last fifth of the last phase, of every seed. *
 weight of Q against cloning, 2.5 / mean |Q|.
 """
 FIGURE_NOTE = """
-Mean over seeds (thick), its 95 % bootstrap interval (band) and every seed (thin; dotted if
-unfinished, and then in no mean)."""
+Mean over seeds (thick), from 5 seeds on its 95 % bootstrap interval (band), and every seed (thin;
+dotted if unfinished, and then in no mean)."""
 
 
 @dataclass
@@ -121,12 +129,12 @@ def improvement(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def interval(samples: Sequence[np.ndarray], statistic: Callable, axis: int = -1) -> tuple:
-    """95 % percentile bootstrap interval (Efron 1979), from a fixed seed; NaN from a single run.
+    """95 % percentile bootstrap interval (Efron 1979), from a fixed seed; NaN for few runs.
 
     Stratified: scipy resamples each sample on its own. A sample is one task's runs of one variant,
     so every resample has as many of them as there are.
     """
-    if min(sample.shape[axis] for sample in samples) < 2:
+    if min(sample.shape[axis] for sample in samples) < FEWEST_RUNS:
         return math.nan, math.nan
     found = bootstrap(
         samples,
@@ -139,6 +147,12 @@ def interval(samples: Sequence[np.ndarray], statistic: Callable, axis: int = -1)
         rng=np.random.default_rng(0),
     )
     return found.confidence_interval
+
+
+def paired_interval(differences: pd.Series) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of paired differences; NaN for a single pair."""
+    half = t.ppf(0.975, len(differences) - 1) * differences.sem()
+    return differences.mean() - half, differences.mean() + half
 
 
 def measures(run: pd.DataFrame, phase: str) -> pd.Series:
@@ -238,7 +252,7 @@ def evaluation_files(study: Path) -> list[Path]:
 
 
 def read_runs(paths: list[Path], keys: list[tuple]) -> pd.DataFrame:
-    """The mean score of every evaluation of every run: KEYS, phase, step, score."""
+    """Every evaluation of every run: KEYS, phase, step, mean score, number of episodes."""
     names = {"__".join(map(str, key)): key for key in keys}
     frames = []
     for path in paths:
@@ -247,8 +261,8 @@ def read_runs(paths: list[Path], keys: list[tuple]) -> pd.DataFrame:
         key = dict(zip(KEYS, names[path.stem]))
         frames.append(read_evaluations(path).assign(**key))
     episodes = pd.concat(frames).groupby([*KEYS, "phase", "step"])
-    scores = episodes["normalized_score"].mean()
-    return scores.rename("score").reset_index()
+    scores = episodes["normalized_score"].agg(score="mean", episodes="size")
+    return scores.reset_index()
 
 
 def with_states(runs: pd.DataFrame, keys: list[tuple], phase: str = "online") -> pd.DataFrame:
@@ -291,8 +305,12 @@ def estimate(statistic: Callable, samples: list[pd.Series], scale: float = 1) ->
         return "-"
     arrays = [sample.to_numpy() for sample in samples]
     low, high = interval(arrays, statistic)
-    value = number(scale * statistic(*arrays))
-    return f"{value} [{number(scale * low)}, {number(scale * high)}]"
+    return number(scale * statistic(*arrays)) + brackets(scale * low, scale * high)
+
+
+def brackets(low: float, high: float, digits: int = 1) -> str:
+    """An interval behind its number; nothing if there is none."""
+    return "" if math.isnan(low) else f" [{number(low, digits)}, {number(high, digits)}]"
 
 
 def markdown(header: list[str], rows: Iterable[Sequence]) -> str:
@@ -330,10 +348,10 @@ def left_out(runs: pd.DataFrame) -> str:
     return f"{count}: {', '.join(names)}."
 
 
-def comparison_rows(finals: pd.Series, grid: dict) -> Iterator[list]:
+def comparison_rows(scores: pd.Series, grid: dict) -> Iterator[list]:
     """IQM in each env and over all of a script; with a baseline also how the variant compares."""
     cells = {}
-    for key, some in finals.groupby(CELL, sort=False):
+    for key, some in scores.groupby(CELL, sort=False):
         cells[key] = some.droplevel(CELL).dropna()
     tasks = [(env, [env]) for env in grid["envs"]]
     if len(grid["envs"]) > 1:
@@ -351,10 +369,33 @@ def comparison_rows(finals: pd.Series, grid: dict) -> Iterator[list]:
 
 
 def against(theirs: list[pd.Series], ours: list[pd.Series]) -> list:
-    """P(X > Y), the paired differences and their number, of a variant against the baseline."""
-    pairs = [(x - y).dropna() for x, y in zip(ours, theirs)]
-    difference = spread(pd.concat(pairs)) if all(map(len, pairs)) else "-"
-    return [estimate(improvement, ours + theirs, 100), difference, sum(map(len, pairs))]
+    """P(X > Y), the paired difference and the number of pairs, of a variant against the baseline.
+
+    Each list has the scores of a task's runs, by seed. A pair is a seed that all tasks have.
+    """
+    differences = [x - y for x, y in zip(ours, theirs)]
+    pairs = pd.concat(differences, axis=1).dropna().mean(axis=1)
+    chance = estimate(improvement, ours + theirs, 100)
+    if pairs.empty:
+        return [chance, "-", 0]
+    return [chance, number(pairs.mean()) + brackets(*paired_interval(pairs)), len(pairs)]
+
+
+def success_rows(evals: pd.DataFrame, cells: Iterable[tuple], seeds: list) -> Iterator[list]:
+    """Of each cell, a column for each seed: successes, episodes and Wilson's interval."""
+    evals = evals.set_index(KEYS)
+    for cell in cells:
+        row = list(cell)
+        for seed in seeds:
+            if (*cell, seed) not in evals.index:
+                row.append("-")
+                continue
+            last_five = evals.loc[[(*cell, seed)]].sort_values("step").tail(5)
+            successes = round((last_five["score"] * last_five["episodes"]).sum() / 100)
+            episodes = int(last_five["episodes"].sum())
+            found = binomtest(successes, episodes).proportion_ci(method="wilson")
+            row.append(f"{successes}/{episodes}{brackets(100 * found.low, 100 * found.high, 0)}")
+        yield row
 
 
 # ------------------------------ figures
@@ -396,7 +437,8 @@ def draw(axis: Axes, look: dict, lines: pd.DataFrame, value: str) -> None:
     if whole.size:
         axis.plot(whole.mean(axis=1), linewidth=2, **look)
         low, high = interval([whole.to_numpy()], np.mean, axis=1)
-        axis.fill_between(whole.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        if not np.isnan(low).any():
+            axis.fill_between(whole.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
 def with_places(evals: pd.DataFrame) -> pd.DataFrame:
@@ -425,7 +467,9 @@ def learning_curves(path: Path, grid: dict, evals: pd.DataFrame) -> None:
     """A panel for each script and env with runs; the offline phase is on the left, in its scale."""
     there = set(evals[TASK].itertuples(index=False, name=None))
     tasks = [task for task in itertools.product(grid["scripts"], grid["envs"]) if task in there]
-    columns = len(grid["envs"]) if len(grid["envs"]) > 1 else min(3, len(tasks))
+    columns = len(grid["envs"])
+    if columns == 1:
+        columns = {1: 1, 2: 2, 4: 2}.get(len(tasks), 3)
     looks = line_looks(grid["variants"])
     figure, axes = panels(len(tasks), columns, looks)
     evals = with_places(evals)
@@ -546,14 +590,26 @@ def watched(path: Path, keys: list[tuple]) -> str:
     return f"{WATCHED_NOTE}{markdown([*CELL, *metrics], rows)}"
 
 
-def comparison(finals: pd.Series, grid: dict) -> str:
+def comparison(scores: pd.Series, grid: dict) -> str:
     """The section that compares the variants."""
     text = f"## Comparison\n{COMPARISON_NOTE}"
-    header = [*CELL, "n", "IQM of final"]
+    header = [*CELL, "n", "IQM"]
     if grid["baseline"]:
         text += BASELINE_NOTE.format(grid["baseline"])
         header += ["P(X > Y), %", "paired difference", "pairs"]
-    return text + markdown(header, comparison_rows(finals, grid))
+    return text + markdown(header, comparison_rows(scores, grid))
+
+
+def success(evals: pd.DataFrame, runs: pd.DataFrame, grid: dict) -> str:
+    """The section on tasks whose score is success, 0 or 100: AntMaze's. Nothing without such."""
+    finished = runs[runs["state"] == "finished"].index
+    evals = evals[evals.set_index(KEYS).index.isin(finished)]
+    cells = [key[:3] for key in run_keys(grid) if key[1].startswith("antmaze-")]
+    if not cells:
+        return ""
+    header = [*CELL, *[f"seed {seed}" for seed in grid["seeds"]]]
+    rows = success_rows(evals, dict.fromkeys(cells), grid["seeds"])
+    return SUCCESS_NOTE + markdown(header, rows)
 
 
 def report(study: Path, grid: dict, paths: list[Path]) -> None:
@@ -569,7 +625,8 @@ def report(study: Path, grid: dict, paths: list[Path]) -> None:
     text += "Written by `python benchmark/studies/report.py` from the files in `runs/`.\n"
     text += markdown(["variant", "options"], variants)
     text += f"## Scores\n{SCORES_NOTE}{score_table(runs, NUMBERS, ['final', 'last five'])}\n"
-    text += comparison(runs["final"], grid)
+    text += comparison(runs["last five"], grid)
+    text += success(evals[evals["phase"] == phase], runs, grid)
     if (study / "watched.csv").exists():
         text += watched(study / "watched.csv", keys)
     if (study / "bias.csv").exists():

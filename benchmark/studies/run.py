@@ -10,9 +10,12 @@ seed: its checkpoint is copied and resumed, which gives the very run that one pr
 folder of --out is named by the options of its run, so that grids share what they have in common.
 Finished runs are skipped, also if only their CSV is left; killed ones are resumed from their
 checkpoint, failed ones tried again and reported at the end. evals.csv of each finished run is
-gathered in runs/ beside the grid file, with the options that made it in commands.json and what it
-logged at the end in watched.csv. --dry-run prints all commands, in an order in which they can be
-run.
+gathered in runs/ beside the grid file, with the options that made it in commands.json, commit, data
+and versions in made_with.json, and what it logged at the end in watched.csv. --dry-run prints all
+commands, in an order in which they can be run.
+
+A run takes the code as it is when the run starts: let a grid that takes hours run in a clone of its
+own. Two runners at once need an --out each.
 
 Each run gets --threads CPU threads, one by default. On a cluster, --address names it (`ray start`
 on every machine) and --out is a folder that all machines share.
@@ -277,6 +280,15 @@ def plan(grid_file: Path, out: Path) -> list[Run]:
     return list(runs.values())
 
 
+def check_datasets(runs: list[Run]) -> None:
+    """ValueError where a run's --dataset-path is no file: hours later would be too late."""
+    for run in runs:
+        path = value_of("--dataset-path", run.options)
+        if path and not (ROOT / Path(path).expanduser()).is_file():
+            fix = "put it there, or leave --dataset-path out of the grid to fetch D4RL's own file"
+            raise ValueError(f"{ROOT / path}, the data of {run.name}, is not there: {fix}")
+
+
 # ------------------------------ one run
 def prepare(run: Run) -> None:
     """Give a run the checkpoint that it starts from; never over one of its own."""
@@ -315,6 +327,7 @@ def execute(run: Run, threads: int, *before: str) -> str:
     if (run.folder / "finished").exists():
         return run.name
     prepare(run)
+    note_commit(run)
     log = run.folder / "log.txt"
     with open(log, "ab") as file:
         done = subprocess.run(
@@ -331,6 +344,22 @@ def execute(run: Run, threads: int, *before: str) -> str:
     return run.name
 
 
+def note_commit(run: Run) -> None:
+    """Put the commit that a run starts or goes on with into its folder, below earlier ones."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty"]
+    described = subprocess.run(command, capture_output=True, text=True, check=False)
+    commit = described.stdout.strip() or "unknown"  # not in a repository
+    commits = commits_of(run)
+    if commit not in commits:
+        (run.folder / "commits.txt").write_text("\n".join([*commits, commit]) + "\n")
+
+
+def commits_of(run: Run) -> list[str]:
+    """The commits that a run was made with, in order; more than one if it went on with another."""
+    path = run.folder / "commits.txt"
+    return path.read_text().split() if path.exists() else []
+
+
 def last_words(log: Path) -> str:
     """The end of a log in one line, without the frames and bars that are drawn in it."""
     end = log.read_text(errors="replace")[-1500:]
@@ -339,13 +368,20 @@ def last_words(log: Path) -> str:
 
 
 # ------------------------------ beside the grid file
-def read_commands(grid_file: Path) -> dict[str, str]:
-    """The options behind each gathered CSV."""
-    path = grid_file.parent / "commands.json"
+def read_notes(path: Path) -> dict:
+    """A JSON file beside the grid, by name of run; empty where there is none."""
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): take it from git again") from None
+
+
+def note(path: Path, run: Run, value: object) -> None:
+    """Write a run's value into such a file."""
+    notes = read_notes(path)
+    notes[run.name] = value
+    text = json.dumps(dict(sorted(notes.items())), indent=1)
+    write_whole(path, f"{text}\n".encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -396,23 +432,31 @@ def note_watched(run: Run, grid_file: Path) -> None:
     write_whole(path, text.getvalue().encode())
 
 
+def made_with(run: Run) -> dict[str, str]:
+    """Commits, of the offline phase first, the dataset's SHA-256, and versions."""
+    config = json.loads((run.folder / "config.json").read_text())
+    commits = []
+    for part in (*run.before(), run):
+        commits += commits_of(part)
+    data = {"data_sha256": str(config["data_sha256"])}
+    return {"commits": " ".join(dict.fromkeys(commits))} | data | config["versions"]
+
+
 def gather(run: Run, grid_file: Path) -> None:
     """Copy the evaluations of a finished run beside the grid, and note what made them.
 
     The copy comes last: a run counts as gathered once it is there.
     """
     note_watched(run, grid_file)
-    commands = read_commands(grid_file)
-    commands[run.name] = origin(run)
-    text = json.dumps(dict(sorted(commands.items())), indent=1)
-    write_whole(grid_file.parent / "commands.json", f"{text}\n".encode())
+    note(grid_file.parent / "commands.json", run, origin(run))
+    note(grid_file.parent / "made_with.json", run, made_with(run))
     run.csv.parent.mkdir(exist_ok=True)
     write_whole(run.csv, (run.folder / "evals.csv").read_bytes())
 
 
 def missing_runs(runs: list[Run], grid_file: Path) -> list[Run]:
     """The runs without a CSV, and those they start from. ValueError if a CSV has other options."""
-    known = read_commands(grid_file)
+    known = read_notes(grid_file.parent / "commands.json")
     wanted = set()
     for run in runs:
         if run.csv and not run.csv.exists():
@@ -554,6 +598,7 @@ def main(arguments: list[str] | None = None) -> int:
         runs = plan(args.grid, args.out.resolve())
         runs = missing_runs(runs, args.grid)
         if not args.dry_run:
+            check_datasets(runs)
             return run_all(runs, args)
         print_commands(runs, args.threads)
     except (ValueError, OSError, subprocess.TimeoutExpired) as error:

@@ -108,6 +108,8 @@ def test_grid(tmp_path, mps_log, monkeypatch, capsys):
     assert {path.stem for path in (tmp_path / "study" / "runs").iterdir()} == names
     commands = json.loads((tmp_path / "study" / "commands.json").read_text())
     assert commands.keys() == names
+    made_with = json.loads((tmp_path / "study" / "made_with.json").read_text())
+    assert made_with.keys() == names
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
     offline = sum("offline" in name for name in folders)
     assert offline == 2 and len(folders) == 5  # of the study, and of few
@@ -257,8 +259,9 @@ def test_stopped_while_gathering(tmp_path, monkeypatch):
     item.folder.mkdir(parents=True)
     (item.folder / "evals.csv").write_text("the evaluations")
     monkeypatch.setattr(run, "watched", lambda item: {"losses/td": 1.0})
+    monkeypatch.setattr(run, "made_with", lambda item: {"commits": "abc"})
     write_whole = run.write_whole
-    for stop in range(3):
+    for stop in range(4):
         left = iter([True] * stop + [False])
 
         def stopped(path, content, left=left):
@@ -274,6 +277,42 @@ def test_stopped_while_gathering(tmp_path, monkeypatch):
     run.gather(item, grid)
     assert item not in run.missing_runs(runs, grid)
     assert item.csv.read_text() == "the evaluations"
+
+
+def test_made_with(tmp_path, monkeypatch):
+    """Every commit once, the offline phase's first; a run that goes on with another has both."""
+    item = run.plan(grid_file(tmp_path / "study", GRID), tmp_path / "out")[1]
+    assert item.start
+    described = []
+
+    def fake_git(command, **_):
+        assert command[:2] == ["git", "-C"]
+        return SimpleNamespace(stdout=described[-1])
+
+    monkeypatch.setattr(run.subprocess, "run", fake_git)
+    starts = [(item.start, "one\n"), (item, "one\n"), (item, "two-dirty\n"), (item, "two-dirty\n")]
+    for part, commit in [*starts, (item, "")]:
+        part.folder.mkdir(parents=True, exist_ok=True)
+        described.append(commit)
+        run.note_commit(part)
+    config = {"data_sha256": "12ab", "versions": {"torch": "2.13.0"}, "args": {}}
+    (item.folder / "config.json").write_text(json.dumps(config))
+    expected = {"commits": "one two-dirty unknown", "data_sha256": "12ab", "torch": "2.13.0"}
+    assert run.made_with(item) == expected
+
+
+def test_missing_dataset(tmp_path, capsys, monkeypatch):
+    """It is named before anything is started, by its place below the repository."""
+    text = GRID.replace('options = "{}', 'options = "--dataset-path runs/none.hdf5 ')
+    grid = grid_file(tmp_path / "study", text)
+    monkeypatch.setattr(run, "run_all", lambda runs, args: 0)
+    command = [str(grid), "--out", str(tmp_path / "out")]
+    assert run.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {ROOT / 'runs' / 'none.hdf5'}, the data of td3bc_sera.py ")
+    data = ROOT / "data" / "hopper-medium-mini.hdf5"
+    grid.write_text(grid.read_text().replace("runs/none.hdf5", str(data.relative_to(ROOT))))
+    assert run.main(command) == 0
 
 
 def test_damaged_commands(tmp_path, capsys):
@@ -521,7 +560,8 @@ def test_visited_states():
     """Those of the online rows, before they were normalised."""
     normalizer = {"mean": torch.tensor([1.0, 0.0]), "std": torch.tensor([2.0, 1.0])}
     checkpoint = {"normalizer": normalizer, "online_rows": torch.tensor([[9.0, 1, 2], [9, 3, 4]])}
-    buffer = SimpleNamespace(as_columns=lambda rows: {"observations": rows[:, 1:]})
+    # With another bonus a run's rows have no q at their end, as the plain script's table has.
+    buffer = SimpleNamespace(columns={"observations": slice(1, 3), "bonus_q": 3})
     assert analyse.visited_states(checkpoint, buffer).tolist() == [[3, 2], [7, 4]]
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, ttest_1samp
 
 pd = pytest.importorskip("pandas", reason="pandas is in benchmark/requirements.txt only")
 pytest.importorskip("matplotlib", reason="matplotlib is in benchmark/requirements.txt only")
@@ -100,32 +100,50 @@ def test_scores(reported):
 
 
 def test_comparison(reported):
-    """IQM, probability of improvement, their intervals, paired differences.
+    """By the last five: IQM, probability of improvement, paired differences with t intervals.
 
-    Of two runs a resample has the lower one twice, or the higher one twice, with chance 1/4 each,
-    so that the limits are the extremes that any resample reaches, as long as these have a chance
-    above 2.5 %.
+    Those are 39.3 and 46.7 plain, 62.3 and 48 with sera in e1; 10 and 20, 13.3 and 15 in e2. With
+    two seeds t is 12.706, and a half width t |d1 - d2| / 2. Runs are too few to be resampled.
     """
     text = (reported / "table.md").read_text()
     for row in (
-        "| a_sera | e1 | plain | 2 | 55.0 [50.0, 60.0] | - | - | - |",
-        "| a_sera | e1 | sera | 2 | 75.0 [70.0, 80.0] | 100.0 [100.0, 100.0] | 20.0 ± 0.0 | 2 |",
-        "| a_sera | e2 | plain | 2 | 15.0 [10.0, 20.0] | - | - | - |",
-        # 20 and 5 against 10 and 20: a win, a tie, two losses; differences 10 and -15
-        "| a_sera | e2 | sera | 2 | 12.5 [5.0, 20.0] | 37.5 [0.0, 100.0] | -2.5 ± 17.7 | 2 |",
-        # the middle two of 10, 20, 50, 60: at worst 10 and 50, at best 20 and 60
-        "| a_sera | **all** | plain | 4 | 35.0 [30.0, 40.0] | - | - | - |",
-        # differences 20, 20, 10, -15: variance (2 * 11.25^2 + 1.25^2 + 23.75^2) / 3
-        "| a_sera | **all** | sera | 4 | 45.0 [37.5, 50.0] | 68.8 [50.0, 100.0] | 8.8 ± 16.5 | 4 |",
+        "| a_sera | e1 | plain | 2 | 43.0 | - | - | - |",
+        # differences 23 and 1.333: 12.167 -+ 12.706 * 10.833
+        "| a_sera | e1 | sera | 2 | 55.2 | 100.0 | 12.2 [-125.5, 149.8] | 2 |",
+        "| a_sera | e2 | plain | 2 | 15.0 | - | - | - |",
+        # 13.3 and 15 against 10 and 20: two wins, two losses; differences 3.333 and -5
+        "| a_sera | e2 | sera | 2 | 14.2 | 50.0 | -0.8 [-53.8, 52.1] | 2 |",
+        # the middle two of 10, 20, 39.3, 46.7
+        "| a_sera | **all** | plain | 4 | 29.7 | - | - | - |",
+        # of each seed the mean over tasks: 13.167 and -1.833
+        "| a_sera | **all** | sera | 4 | 31.5 | 75.0 | 5.7 [-89.6, 101.0] | 2 |",
     ):
         assert row + "\n" in text
+
+
+def test_paired_interval():
+    """Student's, as scipy's t test has it; none from a single pair; a point where all are alike."""
+    differences = pd.Series([3.0, -1.0, 8.0, 2.0])
+    expected = ttest_1samp(differences, 0).confidence_interval()
+    np.testing.assert_allclose(report.paired_interval(differences), expected)
+    assert np.isnan(report.paired_interval(pd.Series([3.0]))).all()
+    assert report.paired_interval(pd.Series([3.0, 3.0])) == (3, 3)
+
+
+def test_pairs_of_several_tasks():
+    """A seed counts where every task has it, by its mean over tasks, whatever the other runs."""
+    theirs = [pd.Series([10.0, 20, 30], [1, 2, 3]), pd.Series([0.0, 0], [1, 2])]
+    ours = [pd.Series([11.0, 23, 90], [1, 2, 3]), pd.Series([5.0, 7], [1, 2])]
+    _, difference, pairs = report.against(theirs, ours)
+    # (1 + 5) / 2 and (3 + 7) / 2, and 12.706 half of their difference to either side
+    assert (difference, pairs) == ("4.0 [-8.7, 16.7]", 2)
 
 
 def test_without_baseline(study):
     """No baseline, no comparison: IQM alone."""
     (study / "grid.toml").write_text(GRID.replace('baseline = "plain"\n', ""))
     text = table(study)
-    assert "| a_sera | **all** | sera | 4 | 45.0 [37.5, 50.0] |\n" in text
+    assert "| a_sera | **all** | sera | 4 | 31.5 |\n" in text
     assert "P(X > Y)" not in text and "paired" not in text.lower()
 
 
@@ -149,13 +167,21 @@ def test_improvement():
 
 
 def test_interval():
-    """Resamples keep the number of runs of each task; a known interval; NaN from one run."""
-    assert tuple(report.interval([np.zeros(3), np.full(3, 100.0)], report.iqm)) == (50, 50)
+    """Resamples keep the number of runs of each task; a known interval; NaN from four runs."""
+    assert tuple(report.interval([np.zeros(5), np.full(5, 100.0)], report.iqm)) == (50, 50)
     values = np.random.default_rng(0).normal(size=400)
     half = 1.96 * values.std() / 20
     expected = values.mean() - half, values.mean() + half
     np.testing.assert_allclose(report.interval([values], np.mean), expected, atol=0.01)
-    assert np.isnan(report.interval([np.zeros(1), np.zeros(3)], report.iqm)).all()
+    assert np.isnan(report.interval([np.zeros(4), np.zeros(6)], report.iqm)).all()
+
+
+def test_estimate():
+    """An interval in brackets where there is one."""
+    many = pd.Series([1.0, 1, 1, 1, 1])
+    assert report.estimate(report.iqm, [many]) == "1.0 [1.0, 1.0]"
+    assert report.estimate(report.iqm, [many[:4]]) == "1.0"
+    assert report.estimate(report.iqm, [many, many[:0]]) == "-"
 
 
 def test_same_bytes(reported):
@@ -188,8 +214,8 @@ def test_missing_and_unfinished_runs(study):
         "| a_sera | e1 | sera | 1 | 70.0 ± - | 62.3 ± - | 40.0 ± - | -2.0 ± - | 67.8 ± - "
         "| 70.0 / - | 62.3 / - |",
         "| a_sera | e2 | sera | 0 | - | - | - | - | - | - / - | - / - |",
-        "| a_sera | e1 | sera | 1 | 70.0 [-, -] | 100.0 [-, -] | 20.0 ± - | 1 |",
-        "| a_sera | **all** | sera | 1 | - | - | - | 1 |",
+        "| a_sera | e1 | sera | 1 | 62.3 | 100.0 | 23.0 | 1 |",
+        "| a_sera | **all** | sera | 1 | - | - | - | 0 |",
     ):
         assert row + "\n" in text
 
@@ -234,23 +260,53 @@ def test_numbers_to_watch(study):
         assert row + "\n" in section
 
 
-def test_draw():
-    """The thick line is the mean of the finished seeds, the band its interval; others dotted."""
-    lines = [
-        (1, 0, "finished", 2.0),
-        (1, 1, "finished", 4.0),
-        (2, 0, "finished", 6.0),
-        (2, 1, "finished", 10.0),
-    ]
-    frame = pd.DataFrame([*lines, (3, 0, "missing", 90.0)], columns=["seed", "x", "state", "score"])
+def test_success(study):
+    """On AntMaze, a column for each seed: successes of the last five evaluations, of finished runs.
+
+    Wilson's interval of 8 in 10, by its formula: (0.8 + z^2 / 20 -+ z sqrt(0.016 + z^2 / 400)) /
+    (1 + z^2 / 10) with z = 1.96, which is 0.490 and 0.943.
+    """
+    text = table(study)
+    assert "## Success" not in text
+    maze = GRID.replace('"e2"', '"antmaze-umaze-v2"').replace("[1, 2]", "[1, 2, 3]")
+    (study / "grid.toml").write_text(maze)
+    for path in (study / "runs").glob("*__e2__*"):
+        path.unlink()
+    for seed, steps in ((1, range(0, 70, 10)), (2, range(0, 60, 10))):
+        rows = ["offline,20,0,0.0,9,0.0\n", "offline,20,1,0.0,9,0.0\n"]
+        for step in steps:
+            missed = step in (20, 30)  # one of the two episodes
+            rows += [f"online,{step},0,1.0,9,100.0\n"]
+            rows += [f"online,{step},1,0.0,9,{0.0 if missed else 100.0}\n"]
+        path = study / "runs" / f"a_sera__antmaze-umaze-v2__sera__{seed}.csv"
+        path.write_text(HEADER + "".join(rows))
+    section = table(study).split("## Success")[1].split("##")[0]
+    assert "| script | env | variant | seed 1 | seed 2 | seed 3 |\n" in section
+    assert "| a_sera | antmaze-umaze-v2 | sera | 8/10 [49, 94] | - | - |\n" in section
+    assert "| a_sera | antmaze-umaze-v2 | plain | - | - | - |\n" in section
+    assert "e1" not in section
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_draw(seeds):
+    """The thick line is the mean of the finished seeds; others are dotted. A band from 5 seeds."""
+    lines = []
+    for seed in range(seeds):
+        lines += [(seed, 0, "finished", 2.0 + 4 * (seed % 2)), (seed, 1, "finished", 7.0)]
+    frame = pd.DataFrame([*lines, (9, 0, "missing", 90.0)], columns=["seed", "x", "state", "score"])
     axis = report.Figure().subplots()
     report.draw(axis, report.line_looks(["plain"])["plain"], frame, "score")
-    *seeds, mean = axis.lines
-    assert [line.get_linestyle() for line in seeds] == ["-", "-", ":"]
-    assert [list(line.get_ydata()) for line in seeds] == [[2, 4], [6, 10], [90]]
-    assert list(mean.get_ydata()) == [4, 7] and mean.get_linewidth() > seeds[0].get_linewidth()
-    corners = axis.collections[0].get_paths()[0].vertices
-    assert {(0, 2), (0, 6), (1, 4), (1, 10)} == {tuple(corner) for corner in corners}
+    *each, mean = axis.lines
+    assert [line.get_linestyle() for line in each] == ["-"] * seeds + [":"]
+    assert list(each[1].get_ydata()) == [6, 7] and list(each[-1].get_ydata()) == [90]
+    assert list(mean.get_ydata()) == [{2: 4, 5: 3.6}[seeds], 7]
+    assert mean.get_linewidth() > each[0].get_linewidth()
+    if seeds < 5:
+        assert not axis.collections
+        return
+    corners = {tuple(corner) for corner in axis.collections[0].get_paths()[0].vertices}
+    # three of five lie at 2, two at 6: all at 2 has a chance of 8 %, all but one at 6 of 9 %
+    assert {(0, 2), (0, 5.2), (1, 7)} <= corners
 
 
 def test_learning_curves(study, monkeypatch):
