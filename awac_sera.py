@@ -64,8 +64,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
 
-# Before torch is imported. Threads that wait should sleep: else one busy neighbour on a core makes
-# two threads a hundred times slower. And oneDNN should not round float32 products to bfloat16.
+# Before torch is imported. Threads that wait should sleep: else busy neighbours on the cores make
+# two threads many times slower. And oneDNN should not round float32 products to bfloat16.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 

@@ -67,8 +67,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
 
-# Before torch is imported. Threads that wait should sleep: else one busy neighbour on a core makes
-# two threads a hundred times slower. And oneDNN should not round float32 products to bfloat16.
+# Before torch is imported. Threads that wait should sleep: else busy neighbours on the cores make
+# two threads many times slower. And oneDNN should not round float32 products to bfloat16.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 
@@ -154,8 +154,9 @@ class Args:
 # What differs from the defaults, by the start of --env; longer starts win. The defaults are WSRL's
 # for Gym-MuJoCo (arXiv 2412.07762), without its max target backup. AntMaze: the Cal-QL authors'.
 # Adroit: theirs for its binary tasks, without the max target backup that they have on, and with
-# states normalised; nothing that learns is published for the dense ones (CORL's runs fail), so they
-# get the same w and networks. sera_k: the SERA paper's best on walker2d and antmaze-large-diverse.
+# states normalised; nothing that learns is published for the dense ones (CORL's fine-tuning runs
+# fail), so they get the same w and networks. sera_k: the SERA paper's best on walker2d and
+# antmaze-large-diverse.
 ADROIT = {
     "offline_steps": 1_000_000,
     "eval_every": 25_000,

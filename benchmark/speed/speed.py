@@ -17,6 +17,7 @@ import io
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -132,6 +133,13 @@ def scripts_of(against: str, folder: Path) -> Path:
     return folder / "against"
 
 
+def environment_of(root: Path) -> dict[str, str]:
+    """What the scripts there set before they import torch, which their worker imports earlier."""
+    text = (root / "td3bc_sera.py").read_text()
+    found = re.findall(r'^os\.environ\.setdefault\("(\w+)", "(\w+)"\)', text, re.MULTILINE)
+    return {name: os.environ.get(name, value) for name, value in found}
+
+
 def start_workers(args: Args, folder: Path) -> dict[tuple[str, int], Worker]:
     """A process for each code and number of threads; none of them works before it is asked."""
     shape = ["--shape", *map(str, args.shape)]
@@ -143,7 +151,7 @@ def start_workers(args: Args, folder: Path) -> dict[tuple[str, int], Worker]:
     for threads in args.threads:
         for code, root in roots.items():
             command = [sys.executable, str(FOLDER / "worker.py"), str(root), *shape, *device]
-            workers[code, threads] = Worker(command, threads)
+            workers[code, threads] = Worker(command, threads, environment_of(root))
         if args.peers:
             command = [args.peers, str(FOLDER / "peers.py"), *shape, *device]
             workers[D3RLPY, threads] = Worker(command, threads)

@@ -55,9 +55,9 @@ SCORES_NOTE = """
 Normalized scores, mean ± standard deviation over n seeds; the score of a seed is its mean over the
 episodes of an evaluation. **final**: the last online evaluation, never the best. **last five**: the
 mean of the last five online ones, of a noisy policy the better number. **offline**: the last
-offline one. **dip**: offline minus the lowest online evaluation (the more and the noisier
-evaluations, the larger). **area**: mean height of the online curve, by trapezoids. A study without
-an online phase has final, last five and area of the offline one.
+offline one. **dip**: offline minus the lowest online evaluation after step 0 (the more and the
+noisier evaluations, the larger). **area**: mean height of the online curve, by trapezoids. A study
+without an online phase has final, last five and area of the offline one.
 """
 COMPARISON_NOTE = """
 By the **last five**. **IQM**: their mean without the lowest and the highest quarter of the runs
@@ -171,8 +171,8 @@ def measures(run: pd.DataFrame, phase: str) -> pd.Series:
         numbers["final"] = scores[-1]
         numbers["last five"] = scores[-5:].mean()
         numbers["last"] = steps[-1]
-    if len(scores) and phase == "online":
-        numbers["dip"] = numbers["offline"] - scores.min()
+    if phase == "online" and (steps > 0).any():  # at step 0 it is still the offline policy
+        numbers["dip"] = numbers["offline"] - scores[steps > 0].min()
     if len(scores) > 1:
         numbers["area"] = np.trapezoid(scores, steps) / (steps[-1] - steps[0])
     return pd.Series(numbers)

@@ -32,7 +32,7 @@ jobs() {
     done
     for lambda in 1 0; do
         job sac_hopper_scratch_lambda${lambda}_seed1 sac_sera.py hopper --offline-steps 0 --mixing-ratio 0 \
-            --learning-starts 0 --online-steps 30000 --sera-coef $lambda
+            --online-steps 30000 --sera-coef $lambda
         for script in cql calql; do
             job "${script}_hopper_lambda${lambda}_seed1" ${script}_sera.py hopper --offline-steps 8000 \
                 --online-steps 2000 --eval-every 2000 --sera-coef $lambda

@@ -233,6 +233,16 @@ def test_speed(tmp_path, capsys):
     assert capsys.readouterr().out.count("| td3bc_sera |") == len(lines)
 
 
+def test_environment_of_a_worker(monkeypatch):
+    """As a run would have it, whose script sets it before it imports torch; the user's own wins."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    expected = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+    assert speed.environment_of(ROOT) == expected
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert speed.environment_of(ROOT) == expected | {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
 def test_scripts_to_compare_with(tmp_path):
     """--against may be a folder."""
     assert speed.scripts_of(str(ROOT), tmp_path) == ROOT
