@@ -886,7 +886,8 @@ def find_task(dataset_id: str) -> Task:
     robot, kind, version = match.groups()
     name = f"{robot}_{kind.replace('-', '_')}"
     file = f"gym_mujoco_v{version}/{name}-v{version}.hdf5"
-    if version == "0":
+    if version == "0":  # medium-replay is called mixed there, and walker2d's robot walker then
+        name = name.replace("medium_replay", "mixed").replace("walker2d_mixed", "walker_mixed")
         file = f"gym_mujoco/{name}.hdf5"
     return TASKS[robot]._replace(file=file, sha256=CHECKSUMS.get(dataset_id))
 
@@ -2083,7 +2084,12 @@ def set_up(
     }
     start_logs(run, args, config)
     where = device.type if device.type == "cuda" else f"cpu, threads {run.threads}"
+    if is_of_gym_mujoco(task):
+        where = f"physics of {args.physics}, mujoco {mujoco.__version__}; {where}"
     say(f"{args.env}: {run.buffer.offline_size:,} transitions; {where}; {run.run_dir}")
+    if args.offline_steps == 0 and args.sera_critic == "offline" and bonus_q_is_stored(args):
+        fix = "--sera-critic current has those that learn"
+        say(f"--offline-steps 0: the critics behind the bonus are untrained and stay so: {fix}")
     return run
 
 

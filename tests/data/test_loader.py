@@ -25,7 +25,7 @@ KEPT = [0, 1, 2, 4, 6, 7, 8]
 PACKAGE_COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals")
 ROBOTS = ("hopper", "halfcheetah", "walker2d", "ant")
 KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay")
-V0_KINDS = ("random", "medium", "expert", "medium-expert")
+V0_KINDS = ("random", "medium", "expert", "medium-expert", "medium-replay")
 
 
 def hand_made():
@@ -237,7 +237,7 @@ def test_addresses_of_v1_and_v2(d4rl):
 
 
 def test_addresses_of_v0(d4rl):
-    """The package's v0 but for two kinds: "mixed", which has a path alone, and random-expert."""
+    """The package's v0, but for random-expert."""
     known = {}
     for robot in ROBOTS:
         for kind in V0_KINDS:
@@ -252,7 +252,7 @@ def test_addresses_of_v0(d4rl):
         elif match:
             other_kinds.add(match[2])
     assert known == expected
-    assert other_kinds == {"medium-replay", "random-expert"}
+    assert other_kinds == {"random-expert"}
 
 
 def test_reference_scores(d4rl):
@@ -279,6 +279,8 @@ def test_reference_scores(d4rl):
         ),
         ("ant-full-replay-v2", "Ant-v4", "gym_mujoco_v2/ant_full_replay-v2.hdf5"),
         ("walker2d-medium-v0", "Walker2d-v4", "gym_mujoco/walker2d_medium.hdf5"),
+        ("hopper-medium-replay-v0", "Hopper-v4", "gym_mujoco/hopper_mixed.hdf5"),
+        ("walker2d-medium-replay-v0", "Walker2d-v4", "gym_mujoco/walker_mixed.hdf5"),
         ("hopper-medium-mini", "Hopper-v4", "data/hopper-medium-mini.hdf5"),
     ],
 )
@@ -333,7 +335,16 @@ def test_antmaze_without_its_environment(monkeypatch):
 
 
 def test_normalized_score():
-    """0 for the random return, 100 for the expert's, for numbers and arrays."""
+    """0 for the random return, 100 for the expert's, of every robot, for numbers and arrays."""
+    references = {
+        "hopper": (-20.272305, 3234.3),
+        "halfcheetah": (-280.178953, 12135.0),
+        "walker2d": (1.629008, 4592.3),
+        "ant": (-325.6, 3879.7),
+    }
+    for robot, (lowest, highest) in references.items():
+        scores = calql_sera.normalized_score(f"{robot}-random-v1", np.array([lowest, highest]))
+        np.testing.assert_allclose(scores, [0, 100], atol=1e-9)
     assert calql_sera.normalized_score(ENV, -20.272305) == pytest.approx(0, abs=1e-12)
     assert calql_sera.normalized_score(ENV, 3234.3) == pytest.approx(100, abs=1e-9)
     scores = calql_sera.normalized_score(ENV, np.array([-20.272305, 1607.0138475, 3234.3]))
