@@ -86,8 +86,8 @@ bonus.
 WATCHED_NOTE = """## Numbers to watch
 
 Read off the logs: means over the last fifth of the last phase, of every seed. **bonus_data** and
-**bonus_online** are tanh(H) of the dataset's and of online transitions; **q_weight** is TD3+BC's
-weight of Q against cloning, 2.5 / mean |Q|.
+**bonus_online** are tanh(H) of the dataset's and of online transitions (0 where there are none);
+**q_weight** is TD3+BC's weight of Q against cloning, 2.5 / mean |Q|.
 """
 FIGURE_NOTE = """
 Mean over seeds (thick), from 5 seeds on its 95 % bootstrap interval (band), and every seed (thin;
@@ -612,6 +612,14 @@ def success(evals: pd.DataFrame, runs: pd.DataFrame, grid: dict) -> str:
     return SUCCESS_NOTE + markdown(header, rows)
 
 
+def common_options(grid: dict) -> str:
+    """What all runs have in common, and those of a script or of an env; nothing if there is none."""
+    lines = [f"All runs: `{grid['options']}`"] if "options" in grid else []
+    for table in ("script_options", "env_options"):
+        lines += [f"{name}: `{options}`" for name, options in grid.get(table, {}).items()]
+    return "".join(f"\n{line}\n" for line in lines)
+
+
 def report(study: Path, grid: dict, paths: list[Path]) -> None:
     """Write table.md and curves.png of a study from its raw evaluations."""
     keys = run_keys(grid)
@@ -623,6 +631,7 @@ def report(study: Path, grid: dict, paths: list[Path]) -> None:
         variants.append([name, f"`{options}`" if options else ""])
     text = f"# {grid['title']}\n\n"
     text += "Written by `python benchmark/studies/report.py` from the files in `runs/`.\n"
+    text += common_options(grid)
     text += markdown(["variant", "options"], variants)
     text += f"## Scores\n{SCORES_NOTE}{score_table(runs, NUMBERS, ['final', 'last five'])}\n"
     text += comparison(runs["last five"], grid)

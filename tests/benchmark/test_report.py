@@ -140,6 +140,15 @@ def test_pairs_of_several_tasks():
     assert (difference, pairs) == ("4.0 [-8.7, 16.7]", 2)
 
 
+def test_common_options(study):
+    """Those of the grid, of a script and of an env stand above the variants."""
+    more = 'options = "--x 1"\n[variants]'
+    text = GRID.replace("[variants]", more) + '[script_options]\na_sera = "--y 2"\n'
+    (study / "grid.toml").write_text(text + '[env_options]\ne2 = "--z 3"\n')
+    above = table(study).split("| variant |")[0]
+    assert above.endswith("\nAll runs: `--x 1`\n\na_sera: `--y 2`\n\ne2: `--z 3`\n\n")
+
+
 def test_without_baseline(study):
     """No baseline, no comparison: IQM alone."""
     (study / "grid.toml").write_text(GRID.replace('baseline = "plain"\n', ""))
