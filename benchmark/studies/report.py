@@ -613,7 +613,7 @@ def success(evals: pd.DataFrame, runs: pd.DataFrame, grid: dict) -> str:
 
 
 def common_options(grid: dict) -> str:
-    """What all runs have in common, and those of a script or of an env; nothing if there is none."""
+    """Options of all runs, of a script and of an env, a line each."""
     lines = [f"All runs: `{grid['options']}`"] if "options" in grid else []
     for table in ("script_options", "env_options"):
         lines += [f"{name}: `{options}`" for name, options in grid.get(table, {}).items()]
