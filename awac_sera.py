@@ -858,9 +858,11 @@ def find_task(dataset_id: str) -> Task:
     robot, kind, version = match.groups()
     name = f"{robot}_{kind.replace('-', '_')}"
     file = f"gym_mujoco_v{version}/{name}-v{version}.hdf5"
-    if version == "0":  # medium-replay is called mixed there, and walker2d's robot walker then
-        name = name.replace("medium_replay", "mixed").replace("walker2d_mixed", "walker_mixed")
+    if version == "0":
         file = f"gym_mujoco/{name}.hdf5"
+    if version == "0" and kind == "medium-replay":  # has older names
+        robot_then = "walker" if robot == "walker2d" else robot
+        file = f"gym_mujoco/{robot_then}_mixed.hdf5"
     return TASKS[robot]._replace(file=file, sha256=CHECKSUMS.get(dataset_id))
 
 
@@ -2055,14 +2057,21 @@ def set_up(
         "versions": versions(),
     }
     start_logs(run, args, config)
-    where = device.type if device.type == "cuda" else f"cpu, threads {run.threads}"
-    if is_of_gym_mujoco(task):
-        where = f"physics of {args.physics}, mujoco {mujoco.__version__}; {where}"
-    say(f"{args.env}: {run.buffer.offline_size:,} transitions; {where}; {run.run_dir}")
+    say_what_runs(run, args)
+    return run
+
+
+def say_what_runs(run: Run, args: Args) -> None:
+    """The first line of a run, and a second one if its bonus comes from untrained critics."""
+    parts = [f"{args.env}: {run.buffer.offline_size:,} transitions"]
+    if is_of_gym_mujoco(find_task(args.env)):
+        parts.append(f"physics of {args.physics}, mujoco {mujoco.__version__}")
+    parts.append("cuda" if run.device.type == "cuda" else f"cpu, threads {run.threads}")
+    parts.append(str(run.run_dir))
+    say("; ".join(parts))
     if args.offline_steps == 0 and args.sera_critic == "offline" and bonus_q_is_stored(args):
         fix = "--sera-critic current has those that learn"
         say(f"--offline-steps 0: the critics behind the bonus are untrained and stay so: {fix}")
-    return run
 
 
 def load_data(args: Args) -> tuple[dict[str, np.ndarray] | None, str | None, str | None]:

@@ -60,9 +60,8 @@ def turn(
     """Updates per second from the checkpoint on, in the phase that it is in."""
     torch.set_flush_denormal(flush)
     run.agent.load_state_dict(checkpoint["agent"])
-    run.optimizer.load_state_dict(
-        copy.deepcopy(checkpoint["optimizer"])
-    )  # it takes them as its own
+    # A copy: an optimizer goes on writing in the tensors that it is given.
+    run.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
     online = run.phase == "online"
     rows = script.online_batch(run.buffer, args) if online else None
     rows = rows or script.BatchRows(dataset=args.batch_size)
@@ -90,15 +89,14 @@ def turns_of(script: ModuleType, folder: Path) -> tuple[dict[str, Callable], dic
 def count_denormals(checkpoint: dict) -> tuple[int, int]:
     """How many of the agent's numbers are denormal, and how many of the optimizer's."""
     torch.set_flush_denormal(False)  # else they would compare as zeros
-    agent = list(checkpoint["agent"].values())
-    optimizer = []
-    for moments in checkpoint["optimizer"]["state"].values():
-        optimizer += moments.values()
     tiny = torch.finfo(torch.float32).tiny
-    return tuple(
-        sum(int(((x != 0) & (x.abs() < tiny)).sum()) for x in tensors if torch.is_tensor(x))
-        for tensors in (agent, optimizer)
-    )
+
+    def count(tensors) -> int:
+        return sum(int(((x != 0) & (x.abs() < tiny)).sum()) for x in tensors)
+
+    states = checkpoint["optimizer"]["state"].values()
+    moments = sum(count(state.values()) for state in states)
+    return count(checkpoint["agent"].values()), moments
 
 
 def row_of(folder: Path, args: Args) -> str:

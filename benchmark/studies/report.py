@@ -32,7 +32,8 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.stats import binomtest, bootstrap, t, trim_mean
+from scipy.stats import binomtest, bootstrap, trim_mean
+from scipy.stats import t as student
 
 KEYS = ["script", "env", "variant", "seed"]
 CELL = KEYS[:3]  # the runs of a cell differ in the seed alone
@@ -69,13 +70,13 @@ BASELINE_NOTE = """
 **P(X > Y)**: chance that a run of the variant ends above one of the baseline, `{}`: all pairs of
 seeds, ties half, averaged over tasks; intervals as above. **Paired difference**: the mean of each
 seed's score minus the baseline's with the same seed, for **all** of its mean over tasks, and in
-brackets Student's 95 % interval for the seeds (of two or three it is wide, and rightly).
+brackets Student's 95 % interval for the seeds, which is wide for two or three of them.
 """
 SUCCESS_NOTE = """## Success
 
 Episodes of the last five evaluations that reached the goal, of how many, and in brackets Wilson's
-95 % interval in percent. It is that of the episodes of this one run: how much runs differ, only
-other seeds can say. All runs are evaluated from the same starts.
+95 % interval in percent. It covers chance in the episodes of one run, not how runs differ. All runs
+are evaluated from the same starts.
 """
 BIAS_NOTE = """## Value bias
 
@@ -151,7 +152,7 @@ def interval(samples: Sequence[np.ndarray], statistic: Callable, axis: int = -1)
 
 def paired_interval(differences: pd.Series) -> tuple[float, float]:
     """Student's 95 % interval of the mean of paired differences; NaN for a single pair."""
-    half = t.ppf(0.975, len(differences) - 1) * differences.sem()
+    half = student.ppf(0.975, len(differences) - 1) * differences.sem()
     return differences.mean() - half, differences.mean() + half
 
 
@@ -469,7 +470,7 @@ def learning_curves(path: Path, grid: dict, evals: pd.DataFrame) -> None:
     tasks = [task for task in itertools.product(grid["scripts"], grid["envs"]) if task in there]
     columns = len(grid["envs"])
     if columns == 1:
-        columns = {1: 1, 2: 2, 4: 2}.get(len(tasks), 3)
+        columns = 2 if len(tasks) == 4 else min(3, len(tasks))
     looks = line_looks(grid["variants"])
     figure, axes = panels(len(tasks), columns, looks)
     evals = with_places(evals)
@@ -604,11 +605,12 @@ def success(evals: pd.DataFrame, runs: pd.DataFrame, grid: dict) -> str:
     """The section on tasks whose score is success, 0 or 100: AntMaze's. Nothing without such."""
     finished = runs[runs["state"] == "finished"].index
     evals = evals[evals.set_index(KEYS).index.isin(finished)]
-    cells = [key[:3] for key in run_keys(grid) if key[1].startswith("antmaze-")]
-    if not cells:
+    mazes = [env for env in grid["envs"] if env.startswith("antmaze-")]
+    if not mazes:
         return ""
+    cells = itertools.product(grid["scripts"], mazes, grid["variants"])
     header = [*CELL, *[f"seed {seed}" for seed in grid["seeds"]]]
-    rows = success_rows(evals, dict.fromkeys(cells), grid["seeds"])
+    rows = success_rows(evals, cells, grid["seeds"])
     return SUCCESS_NOTE + markdown(header, rows)
 
 

@@ -283,10 +283,13 @@ def plan(grid_file: Path, out: Path) -> list[Run]:
 def check_datasets(runs: list[Run]) -> None:
     """ValueError where a run's --dataset-path is no file: hours later would be too late."""
     for run in runs:
-        path = value_of("--dataset-path", run.options)
-        if path and not (ROOT / Path(path).expanduser()).is_file():
+        option = value_of("--dataset-path", run.options)
+        if option is None:
+            continue
+        path = ROOT / Path(option).expanduser()
+        if not path.is_file():
             fix = "put it there, or leave --dataset-path out of the grid to fetch D4RL's own file"
-            raise ValueError(f"{ROOT / path}, the data of {run.name}, is not there: {fix}")
+            raise ValueError(f"{path}, the data of {run.name}, is not there: {fix}")
 
 
 # ------------------------------ one run
@@ -438,8 +441,9 @@ def made_with(run: Run) -> dict[str, str]:
     commits = []
     for part in (*run.before(), run):
         commits += commits_of(part)
-    data = {"data_sha256": str(config["data_sha256"])}
-    return {"commits": " ".join(dict.fromkeys(commits))} | data | config["versions"]
+    each_once = " ".join(dict.fromkeys(commits))
+    notes = {"commits": each_once, "data_sha256": str(config["data_sha256"])}
+    return notes | config["versions"]
 
 
 def gather(run: Run, grid_file: Path) -> None:

@@ -96,7 +96,7 @@ def preset(name, env):
         return MAZES.get(name, MAZE | {"reward_bias": -1.0})
     if robot in ("pen", "door", "hammer", "relocate"):
         of_hand = HANDS.get(name, LONG)
-        binary = "binary" in env and of_hand is CONSERVATIVE_HAND
+        binary = "binary" in env and name in ("cql_sera", "calql_sera")
         return of_hand | BINARY if binary else of_hand
     changes = {"sera_k": 20} if robot == "walker2d" else {}
     if name == "iql_sera" and robot != "ant":  # the authors' own rule leaves ant out

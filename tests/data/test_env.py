@@ -254,6 +254,16 @@ def replay(env, columns):
     return np.array(errors), np.array(reward_errors), np.array(made)
 
 
+def check_errors(name, errors, reward_errors, terminals):
+    """All of them within what a file of float32 numbers can tell; they are printed."""
+    median, largest, of_rewards = np.median(errors), max(errors), max(reward_errors)
+    print(f"{name}: {len(errors)} rows, median {median:.2g}, max {largest:.2g}", end=", ")
+    print(f"reward {of_rewards:.2g}, {terminals.sum()} terminals")
+    assert median < 1e-6
+    assert largest < 1e-4
+    assert of_rewards < 1e-5
+
+
 @pytest.mark.parametrize(
     ("robot", "clipped", "rows"),
     [("hopper", True, 761), ("walker2d", True, 1419), ("halfcheetah", False, 2000)],
@@ -264,13 +274,8 @@ def test_replay(robot, clipped, rows, real_data):
     columns = read_transitions(path, clipped)
     terminals = columns[-1]
     errors, reward_errors, made = replay(calql_sera.make_env(f"{robot}-medium-v2"), columns)
-    median, largest = np.median(errors), errors.max()
-    print(f"{robot}: {len(errors)} rows, median {median:.2g}, max {largest:.2g}", end=", ")
-    print(f"reward {reward_errors.max():.2g}, {terminals.sum()} terminals")
     assert len(errors) == rows
-    assert median < 1e-6
-    assert largest < 1e-4
-    assert reward_errors.max() < 1e-5
+    check_errors(robot, errors, reward_errors, terminals)
     np.testing.assert_array_equal(made, terminals)
     assert terminals.any() or robot != "hopper"  # the one sample with terminals
 
@@ -305,12 +310,7 @@ def test_replay_of_ant(file, rows, real_data):
         if row and not terminals[row - 1] and not timeouts[row - 1]:
             step_from(row - 1)
             reward_errors.append(abs(env.step(actions[row])[1] - rewards[row]))
-    median, largest = np.median(errors), max(errors)
-    print(f"{file}: {rows} rows, median {median:.2g}, max {largest:.2g}", end=", ")
-    print(f"reward {max(reward_errors):.2g}, {terminals.sum()} terminals")
-    assert median < 1e-6
-    assert largest < 1e-4
-    assert max(reward_errors) < 1e-5
+    check_errors(file, errors, reward_errors, terminals)
     assert terminals.any()
 
 
