@@ -12,7 +12,8 @@ Finished runs are skipped, also if only their CSV is left; killed ones are resum
 checkpoint, failed ones tried again and reported at the end. evals.csv of each finished run is
 gathered in runs/ beside the grid file, with the options that made it in commands.json, commit, data
 and versions in made_with.json, and what it logged at the end in watched.csv. --dry-run prints all
-commands, in an order in which they can be run.
+commands, in an order in which they can be run, and --only iql_sera chooses runs by their names,
+script__environment__variant__seed.
 
 A run takes the code as it is when the run starts: let a grid that takes hours run in a clone of its
 own. Two runners at once need an --out each.
@@ -94,6 +95,8 @@ class Args:
     """how often a run that failed is tried again"""
     address: str | None = None
     """a running Ray cluster; by default Ray is started here"""
+    only: str = ""
+    """only runs with this in script__environment__variant__seed: td3bc_sera, __plain__"""
     dry_run: bool = False
     """print the commands, run nothing"""
 
@@ -471,6 +474,17 @@ def missing_runs(runs: list[Run], grid_file: Path) -> list[Run]:
     return [run for run in runs if run in wanted]
 
 
+def with_name(runs: list[Run], text: str) -> list[Run]:
+    """The runs whose names contain the text, and those they start from. ValueError if none does."""
+    wanted = set()
+    for run in runs:
+        if run.csv and text in run.name:
+            wanted |= {run, *run.before()}
+    if not wanted:
+        raise ValueError(f"--only {text}: no run has that in its name; one is {runs[-1].name}")
+    return [run for run in runs if run in wanted]
+
+
 # ------------------------------ several runs on one GPU
 MPS = "nvidia-cuda-mps-control"
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -600,7 +614,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=arguments)
     try:
         runs = plan(args.grid, args.out.resolve())
-        runs = missing_runs(runs, args.grid)
+        runs = missing_runs(with_name(runs, args.only), args.grid)
         if not args.dry_run:
             check_datasets(runs)
             return run_all(runs, args)

@@ -279,6 +279,18 @@ def test_stopped_while_gathering(tmp_path, monkeypatch):
     assert item.csv.read_text() == "the evaluations"
 
 
+def test_only(tmp_path, capsys):
+    """--only takes the runs with such a name and the offline phases that these start from."""
+    grid = str(grid_file(tmp_path / "study", GRID))
+    assert run.main([grid, "--dry-run", "--only", "__sera__2"]) == 0
+    offline, online = capsys.readouterr().out.splitlines()
+    assert "--seed 2" in offline and "--online-steps 0" in offline
+    assert "--sera-scale dim" in online and online.startswith("mkdir")
+    assert run.main([grid, "--dry-run", "--only", "iql_sera"]) == 2
+    error = capsys.readouterr().err
+    assert "--only iql_sera" in error and "td3bc_sera__hopper-medium-mini__sera__2" in error
+
+
 def test_made_with(tmp_path, monkeypatch):
     """Every commit once, the offline phase's first; a run that goes on with another has both."""
     item = run.plan(grid_file(tmp_path / "study", GRID), tmp_path / "out")[1]
