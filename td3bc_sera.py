@@ -154,7 +154,7 @@ class Args:
 # What differs from the defaults, by the start of --env; longer starts win. The defaults are the
 # authors' for all of Gym-MuJoCo. AntMaze: r - 1 is CORL's, states as they are the authors'. Adroit:
 # the lengths alone. sera_k: the SERA paper's best on walker2d and antmaze-large-diverse. With the
-# two bundled datasets the online phase is too short for append: it would draw few online ones.
+# two bundled datasets the online phase is too short for append: few online rows in a batch.
 ADROIT = {"offline_steps": 1_000_000, "eval_every": 25_000}
 PRESETS = {
     "hopper-medium-mini": {

@@ -464,24 +464,29 @@ def gather(run: Run, grid_file: Path) -> None:
 def missing_runs(runs: list[Run], grid_file: Path) -> list[Run]:
     """The runs without a CSV, and those they start from. ValueError if a CSV has other options."""
     known = read_notes(grid_file.parent / "commands.json")
-    wanted = set()
+    missing = []
     for run in runs:
         if run.csv and not run.csv.exists():
-            wanted |= {run, *run.before()}
+            missing.append(run)
         elif run.csv and known.get(run.name) != origin(run):
             made_by = f"was made by other options: {known.get(run.name)}"
             raise ValueError(f"{run.csv} {made_by}; move it away first")
-    return [run for run in runs if run in wanted]
+    return with_starts(runs, missing)
 
 
 def with_name(runs: list[Run], text: str) -> list[Run]:
     """The runs whose names contain the text, and those they start from. ValueError if none does."""
-    wanted = set()
-    for run in runs:
-        if run.csv and text in run.name:
-            wanted |= {run, *run.before()}
-    if not wanted:
+    chosen = [run for run in runs if run.csv and text in run.name]
+    if not chosen:
         raise ValueError(f"--only {text}: no run has that in its name; one is {runs[-1].name}")
+    return with_starts(runs, chosen)
+
+
+def with_starts(runs: list[Run], chosen: list[Run]) -> list[Run]:
+    """The chosen ones of the runs and those they start from, in the order of the plan."""
+    wanted = set()
+    for run in chosen:
+        wanted |= {run, *run.before()}
     return [run for run in runs if run in wanted]
 
 
