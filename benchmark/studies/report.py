@@ -44,7 +44,8 @@ COVERAGE = [*KEYS, "step", *COVERAGE_VALUES]
 BIAS_VALUES = ["q", "discounted_return", "bias"]
 BIAS = [*KEYS, *BIAS_VALUES]
 WATCHED = ["run", "metric", "value"]
-NUMBERS = ["final", "last five", "offline", "dip", "area"]
+NUMBERS = ["final", "last five", "offline", "offline five", "dip", "area"]
+LISTED = ["final", "last five", "offline five"]  # of every seed
 FEWEST_RUNS = 5  # to resample: the bootstrap interval of three is hardly more than their range
 
 # Of the variants: Okabe and Ito's colours, which the colour-blind tell apart too. With more
@@ -55,10 +56,11 @@ LINE_STYLES = ("-", "--", "-.")
 SCORES_NOTE = """
 Normalized scores, mean ± standard deviation over n seeds; the score of a seed is its mean over the
 episodes of an evaluation. **final**: the last online evaluation, never the best. **last five**: the
-mean of the last five online ones, of a noisy policy the better number. **offline**: the last
-offline one. **dip**: offline minus the lowest online evaluation after step 0 (the more and the
-noisier evaluations, the larger). **area**: mean height of the online curve, by trapezoids. A study
-without an online phase has final, last five and area of the offline one.
+mean of the last five online ones, of a noisy policy the better number. **offline**, **offline
+five**: the same of the offline phase. **dip**: offline minus the lowest online evaluation after
+step 0 (the more and the noisier evaluations, the larger). **area**: mean height of the online
+curve, by trapezoids. A study without an online phase has final, last five and area of the offline
+one.
 """
 COMPARISON_NOTE = """
 By the **last five**. **IQM**: their mean without the lowest and the highest quarter of the runs
@@ -168,6 +170,7 @@ def measures(run: pd.DataFrame, phase: str) -> pd.Series:
     numbers["last"] = -1
     if len(offline):
         numbers["offline"] = offline[-1]
+        numbers["offline five"] = offline[-5:].mean()
     if len(scores):
         numbers["final"] = scores[-1]
         numbers["last five"] = scores[-5:].mean()
@@ -635,7 +638,7 @@ def report(study: Path, grid: dict, paths: list[Path]) -> None:
     text += "Written by `python benchmark/studies/report.py` from the files in `runs/`.\n"
     text += common_options(grid)
     text += markdown(["variant", "options"], variants)
-    text += f"## Scores\n{SCORES_NOTE}{score_table(runs, NUMBERS, ['final', 'last five'])}\n"
+    text += f"## Scores\n{SCORES_NOTE}{score_table(runs, NUMBERS, LISTED)}\n"
     text += comparison(runs["last five"], grid)
     text += success(evals[evals["phase"] == phase], runs, grid)
     if (study / "watched.csv").exists():

@@ -78,24 +78,25 @@ def table(study, name="table.md"):
 def test_scores(reported):
     """Means and standard deviations over seeds; of two, that is |difference| / sqrt 2."""
     text = (reported / "table.md").read_text()
-    header = "| script | env | variant | n | final | last five | offline | dip | area "
-    header += "| final, every seed | last five, every seed |"
+    header = "| script | env | variant | n | final | last five | offline | offline five | dip "
+    header += "| area | final, every seed | last five, every seed | offline five, every seed |"
     for line in (header, "| plain | `--sera-coef 0` |", "All 8 runs are finished."):
         assert f"{line}\n" in text
     for row in (
         # areas: (10 * 34 + 20 * 40) / 30 = 38 and (10 * 40 + 20 * 50) / 30 = 46.67
-        # three online evaluations are fewer than five: (38 + 30 + 50) / 3 and (40 + 40 + 60) / 3
-        "e1 | plain | 2 | 55.0 ± 7.1 | 43.0 ± 5.2 | 42.0 ± 2.8 | 7.0 ± 4.2 | 42.3 ± 6.1 "
-        "| 50.0 / 60.0 | 39.3 / 46.7",
+        # three online evaluations are fewer than five: (38 + 30 + 50) / 3 and (40 + 40 + 60) / 3,
+        # and so are two offline ones: (5 + 40) / 2 and (5 + 44) / 2
+        "e1 | plain | 2 | 55.0 ± 7.1 | 43.0 ± 5.2 | 42.0 ± 2.8 | 23.5 ± 1.4 | 7.0 ± 4.2 "
+        "| 42.3 ± 6.1 | 50.0 / 60.0 | 39.3 / 46.7 | 22.5 / 24.5",
         # dips: 40 - 70, as step 0 does not count, and 44 - 20
         # areas: (585 + 1450) / 30 = 67.83 and (320 + 1000) / 30 = 44
-        "e1 | sera | 2 | 75.0 ± 7.1 | 55.2 ± 10.1 | 42.0 ± 2.8 | -3.0 ± 38.2 | 55.9 ± 16.9 "
-        "| 70.0 / 80.0 | 62.3 / 48.0",
-        "e2 | plain | 2 | 15.0 ± 7.1 | 15.0 ± 7.1 | 15.0 ± 7.1 | 0.0 ± 0.0 | 15.0 ± 7.1 "
-        "| 10.0 / 20.0 | 10.0 / 20.0",
+        "e1 | sera | 2 | 75.0 ± 7.1 | 55.2 ± 10.1 | 42.0 ± 2.8 | 23.5 ± 1.4 | -3.0 ± 38.2 "
+        "| 55.9 ± 16.9 | 70.0 / 80.0 | 62.3 / 48.0 | 22.5 / 24.5",
+        "e2 | plain | 2 | 15.0 ± 7.1 | 15.0 ± 7.1 | 15.0 ± 7.1 | 10.0 ± 3.5 | 0.0 ± 0.0 "
+        "| 15.0 ± 7.1 | 10.0 / 20.0 | 10.0 / 20.0 | 7.5 / 12.5",
         # areas: (100 + 300) / 30 = 13.33 and (200 + 250) / 30 = 15
-        "e2 | sera | 2 | 12.5 ± 10.6 | 14.2 ± 1.2 | 15.0 ± 7.1 | 7.5 ± 10.6 | 14.2 ± 1.2 "
-        "| 20.0 / 5.0 | 13.3 / 15.0",
+        "e2 | sera | 2 | 12.5 ± 10.6 | 14.2 ± 1.2 | 15.0 ± 7.1 | 10.0 ± 3.5 | 7.5 ± 10.6 "
+        "| 14.2 ± 1.2 | 20.0 / 5.0 | 13.3 / 15.0 | 7.5 / 12.5",
     ):
         assert f"| a_sera | {row} |\n" in text
 
@@ -221,9 +222,9 @@ def test_missing_and_unfinished_runs(study):
     )
     for row in (
         f"5 of 8 runs are in none of the numbers: {names}.",
-        "| a_sera | e1 | sera | 1 | 70.0 ± - | 62.3 ± - | 40.0 ± - | -30.0 ± - | 67.8 ± - "
-        "| 70.0 / - | 62.3 / - |",
-        "| a_sera | e2 | sera | 0 | - | - | - | - | - | - / - | - / - |",
+        "| a_sera | e1 | sera | 1 | 70.0 ± - | 62.3 ± - | 40.0 ± - | 22.5 ± - | -30.0 ± - "
+        "| 67.8 ± - | 70.0 / - | 62.3 / - | 22.5 / - |",
+        "| a_sera | e2 | sera | 0 | - | - | - | - | - | - | - / - | - / - | - / - |",
         "| a_sera | e1 | sera | 1 | 62.3 | 100.0 | 23.0 | 1 |",
         "| a_sera | **all** | sera | 1 | - | - | - | 0 |",
     ):
@@ -234,8 +235,8 @@ def test_no_offline_phase(study):
     """From scratch: no offline score, no dip, the rest as ever."""
     for path in (study / "runs").iterdir():
         path.write_text(re.sub(r"(?m)^offline.*\n", "", path.read_text()))
-    row = "| a_sera | e1 | plain | 2 | 55.0 ± 7.1 | 43.0 ± 5.2 | - | - | 42.3 ± 6.1 "
-    assert f"{row}| 50.0 / 60.0 | 39.3 / 46.7 |\n" in table(study)
+    row = "| a_sera | e1 | plain | 2 | 55.0 ± 7.1 | 43.0 ± 5.2 | - | - | - | 42.3 ± 6.1 "
+    assert f"{row}| 50.0 / 60.0 | 39.3 / 46.7 | - / - |\n" in table(study)
 
 
 def test_no_online_phase(study):
@@ -243,16 +244,18 @@ def test_no_online_phase(study):
     for path in (study / "runs").iterdir():
         path.write_text(re.sub(r"(?m)^online.*\n", "", path.read_text()))
     # 5 at step 10, then 40 and 44
-    row = "| a_sera | e1 | plain | 2 | 42.0 ± 2.8 | 23.5 ± 1.4 | 42.0 ± 2.8 | - | 23.5 ± 1.4 "
-    assert f"{row}| 40.0 / 44.0 | 22.5 / 24.5 |\n" in table(study)
+    row = "| a_sera | e1 | plain | 2 | 42.0 ± 2.8 | 23.5 ± 1.4 | 42.0 ± 2.8 | 23.5 ± 1.4 "
+    assert f"{row}| - | 23.5 ± 1.4 | 40.0 / 44.0 | 22.5 / 24.5 | 22.5 / 24.5 |\n" in table(study)
 
 
 def test_last_five():
-    """Five and no more, of the online phase alone."""
-    scores = [90.0, 80.0, *range(7)]
-    phases = ["offline"] * 2 + ["online"] * 7
-    run = pd.DataFrame({"phase": phases, "step": range(9), "score": scores})
-    assert report.measures(run, "online")["last five"] == 4  # of 2 to 6
+    """Five and no more, of each phase alone."""
+    scores = [90.0, *range(10, 60, 10), *range(7)]
+    phases = ["offline"] * 6 + ["online"] * 7
+    run = pd.DataFrame({"phase": phases, "step": range(13), "score": scores})
+    numbers = report.measures(run, "online")
+    assert numbers["last five"] == 4  # of 2 to 6
+    assert numbers["offline five"] == 30  # of 10 to 50
 
 
 def test_numbers_to_watch(study):
