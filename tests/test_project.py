@@ -1,6 +1,7 @@
 """Rules of the project itself: shared sections, pins, imports, and pages that tell the truth."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -156,6 +157,7 @@ def test_commands_and_options(page):
     assert named <= known, named - known
 
 
+@functools.cache
 def options_of(path: Path) -> set[str]:
     """The options of a script, as its class Args or the arguments of its main have them."""
     names = []

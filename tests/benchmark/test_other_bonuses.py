@@ -119,9 +119,9 @@ def test_counts_by_hand():
 def test_resumed_run_is_the_same(bonus, tmp_path):
     """What a bonus remembers comes back; and config.json names it."""
     script = script_with(bonus)
-    whole = run_in(tmp_path / "whole", script, "--online-steps", 800)
-    run_in(tmp_path / "part", script, "--online-steps", 400)
-    resumed = run_in(tmp_path / "part", script, "--online-steps", 800, "--resume")
+    whole = run_in(tmp_path / "whole", script, "--online-steps", 400)
+    run_in(tmp_path / "part", script, "--online-steps", 200)
+    resumed = run_in(tmp_path / "part", script, "--online-steps", 400, "--resume")
     assert_same(whole["agent"], resumed["agent"])
     assert_same(whole["bonus_agent"], resumed["bonus_agent"])
     assert json.loads((tmp_path / "part" / "config.json").read_text())["bonus"] == bonus

@@ -4,8 +4,6 @@ import csv
 import importlib
 import json
 import re
-import signal
-import subprocess
 import sys
 import warnings
 
@@ -13,7 +11,6 @@ import gymnasium
 import kill_points
 import numpy as np
 import pytest
-from conftest import ROOT
 from corrupt import write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -563,10 +560,8 @@ def test_killed_and_resumed(tmp_path):
     options += "--checkpoint-every 150 --batch-size 8 --sera-k 3 --hidden-dim 8"
     alone, run_dir = tmp_path / "alone", tmp_path / "run"
     sac_sera.main([*options.split(), "--run-dir", str(alone)])
-    inputs = [str(ROOT), "sac_sera", "update", str(30 + 230), *options.split()]
-    command = [sys.executable, "-c", kill_points.RUN_AND_DIE, *inputs, "--run-dir", str(run_dir)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    argv = [*options.split(), "--run-dir", str(run_dir)]
+    assert kill_points.dies("sac_sera", "update", 30 + 230, argv)
     saved = sac_sera.read_checkpoint(run_dir / "checkpoint.pt")
     assert (saved["phase"], saved["step"]) == ("online", 200)
     sac_sera.main(["--run-dir", str(run_dir), "--resume"])

@@ -86,7 +86,8 @@ def test_comparison(alone, tmp_path):
 def test_threads_of_a_resumed_run(tmp_path, monkeypatch):
     """The checkpoint's number of threads holds before the frozen critics are asked again."""
     script = importlib.import_module("sac_sera")
-    kill_points.run("sac_sera", tmp_path / "run", "--threads", "2")
+    steps = ["--offline-steps", "2", "--online-steps", "2"]
+    kill_points.run("sac_sera", tmp_path / "run", "--threads", "2", *steps)
     seen = []
 
     def store_bonus_q(*inputs):

@@ -8,9 +8,11 @@ optimizer, online rows and generators have to be the same, bit for bit. Exit cod
 """
 
 import importlib
+import itertools
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -29,36 +31,11 @@ OPTIONS = (
 )
 # Places, and about how often a run comes by.
 CALLS = {"update": 210, "act": 260, "evaluate": 7, "fsync": 9, "replace": 9, "replaced": 9}
-RUN_AND_DIE = """
-import importlib
-import os
-import signal
-import sys
-
-root, name, place, count, *options = sys.argv[1:]
-sys.path.insert(0, root)
-script = importlib.import_module(name)
-function = "replace" if place == "replaced" else place
-owner = os if function in ("fsync", "replace") else script
-original = getattr(owner, function)
-left = int(count)
-
-
-def counted(*inputs, **others):
-    global left
-    left -= 1
-    if left == 0:
-        if place == "fsync":
-            os.ftruncate(inputs[0], 1000)
-        if place == "replaced":
-            original(*inputs)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*inputs, **others)
-
-
-setattr(owner, function, counted)
-script.main(options)
-"""
+# Runs that are to die are forked from a process that has imported this already: to import it takes
+# longer than the run.
+FORKS = multiprocessing.get_context("forkserver")
+IMPORTED = ["torch._dynamo", "torch.utils.tensorboard", "gymnasium", "h5py", "mujoco", "tyro"]
+FORKS.set_forkserver_preload(IMPORTED)
 
 
 @dataclass
@@ -77,13 +54,44 @@ def run(name: str, run_dir: Path, *options: str) -> None:
 
 def run_and_die(name: str, run_dir: Path, place: str, count: int, *options: str) -> bool:
     """Whether SIGKILL came, at that call of that function; not if the run ended before."""
-    inputs = [str(ROOT), name, place, str(count), *OPTIONS.split(), "--run-dir", str(run_dir)]
-    inputs += options
-    command = [sys.executable, "-c", RUN_AND_DIE, *inputs]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode not in (0, -signal.SIGKILL):
-        raise RuntimeError(done.stderr)
-    return done.returncode == -signal.SIGKILL
+    argv = [*OPTIONS.split(), "--run-dir", str(run_dir), *options]
+    return dies(name, place, count, argv)
+
+
+def dies(name: str, place: str, count: int, argv: list[str]) -> bool:
+    """The same with any command."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        inputs = (name, place, count, argv, output.name)
+        process = FORKS.Process(target=kill_at_call, args=inputs)
+        process.start()
+        process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
+            raise RuntimeError(output.read())
+    return process.exitcode == -signal.SIGKILL
+
+
+def kill_at_call(name: str, place: str, count: int, argv: list[str], output: str) -> None:
+    """Run a script in this process, and kill it at that call of that function."""
+    with open(output, "w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    script = importlib.import_module(name)
+    function = "replace" if place == "replaced" else place
+    owner = os if function in ("fsync", "replace") else script
+    original = getattr(owner, function)
+    calls = itertools.count(1)
+
+    def counted(*inputs, **others):
+        if next(calls) == count:
+            if place == "fsync":
+                os.ftruncate(inputs[0], 1000)
+            if place == "replaced":
+                original(*inputs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*inputs, **others)
+
+    setattr(owner, function, counted)
+    script.main(argv)
 
 
 def resume(name: str, run_dir: Path) -> None:
