@@ -292,8 +292,12 @@ def with_states(runs: pd.DataFrame, keys: list[tuple], phase: str = "online") ->
 
 # ------------------------------ markdown
 def number(value: float, digits: int = 1) -> str:
-    """Fixed format, no negative zero, a dash for NaN."""
-    return "-" if math.isnan(value) else f"{value:z.{digits}f}"
+    """Fixed format, no negative zero; in powers of ten from a million on; a dash for NaN."""
+    if math.isnan(value):
+        return "-"
+    if abs(value) >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:z.{digits}f}"
 
 
 def spread(values: pd.Series, digits: int = 1) -> str:

@@ -262,12 +262,14 @@ def test_numbers_to_watch(study):
     """watched.csv becomes a section: every seed, a dash for what a cell never logged."""
     rows = ["a_sera__e1__plain__1,losses/q_data,12.3456", "a_sera__e1__plain__2,losses/q_data,9"]
     rows += ["a_sera__e2__sera__2,sera/bonus_mean,0.5"]
+    rows += ["a_sera__e2__plain__1,losses/q_data,-45612345678.9"]
     (study / "watched.csv").write_text("\n".join(["run,metric,value", *rows]) + "\n")
     section = table(study).split("## Numbers to watch")[1]
     for row in (
         "| script | env | variant | losses/q_data | sera/bonus_mean |",
         "| a_sera | e1 | plain | 12.346 / 9.000 | - |",
         "| a_sera | e1 | sera | - | - |",
+        "| a_sera | e2 | plain | -4.56e+10 / - | - |",
         "| a_sera | e2 | sera | - | - / 0.500 |",
     ):
         assert row + "\n" in section
