@@ -55,11 +55,14 @@ def run(name: str, run_dir: Path, *options: str) -> None:
 def run_and_die(name: str, run_dir: Path, place: str, count: int, *options: str) -> bool:
     """Whether SIGKILL came, at that call of that function; not if the run ended before."""
     argv = [*OPTIONS.split(), "--run-dir", str(run_dir), *options]
-    return dies(name, place, count, argv)
+    return dies_at_call(name, place, count, argv)
 
 
-def dies(name: str, place: str, count: int, argv: list[str]) -> bool:
-    """The same with any command."""
+def dies_at_call(name: str, place: str, count: int, argv: list[str]) -> bool:
+    """Whether a run with these arguments, a process of its own, dies by SIGKILL at that call.
+
+    RuntimeError, with what it printed, if it ends in any other way than that or well.
+    """
     with tempfile.NamedTemporaryFile("r") as output:
         inputs = (name, place, count, argv, output.name)
         process = FORKS.Process(target=kill_at_call, args=inputs)
@@ -71,7 +74,7 @@ def dies(name: str, place: str, count: int, argv: list[str]) -> bool:
 
 
 def kill_at_call(name: str, place: str, count: int, argv: list[str], output: str) -> None:
-    """Run a script in this process, and kill it at that call of that function."""
+    """Run a script in this process, and kill it at that call; what it prints goes to a file."""
     with open(output, "w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
@@ -83,9 +86,9 @@ def kill_at_call(name: str, place: str, count: int, argv: list[str], output: str
 
     def counted(*inputs, **others):
         if next(calls) == count:
-            if place == "fsync":
+            if place == "fsync":  # half of a checkpoint is on the disk
                 os.ftruncate(inputs[0], 1000)
-            if place == "replaced":
+            if place == "replaced":  # the new checkpoint is in force
                 original(*inputs)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*inputs, **others)
