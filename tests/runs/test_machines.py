@@ -338,8 +338,8 @@ def test_timing_leaves_no_trace(small_run):
     assert torch.get_num_threads() == threads
 
 
-def rounding(precision):
-    """The largest error of float32 products at a precision, in units of what bounds it."""
+def product_error(precision):
+    """Switch to a precision, and give the largest error of a product in units of what bounds it."""
     torch.set_float32_matmul_precision(precision)
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     return float((x @ x - x.double() @ x.double()).abs().max() / (x.abs() @ x.abs()).max())
@@ -353,25 +353,34 @@ def matmul_precision():
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture
+def processor_of(tmp_path, monkeypatch):
+    """Makes the script believe that the processor is a maker's."""
+
+    def pretend(maker):
+        (tmp_path / "cpuinfo").write_text(f"vendor_id : {maker}")
+        monkeypatch.setattr(sac_sera, "Path", lambda path: tmp_path / Path(path).name)
+
+    return pretend
+
+
 @pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD"])
-def test_library_for_products(maker, tmp_path, monkeypatch, capsys, matmul_precision):
+def test_library_for_products(maker, processor_of, capsys, matmul_precision):
     """MKL on Intel's processors, without a word; on others oneDNN, where it does not round."""
-    (tmp_path / "cpuinfo").write_text(f"vendor_id : {maker}")
-    monkeypatch.setattr(sac_sera, "Path", lambda path: tmp_path / Path(path).name)
-    expected = "medium" if maker != "GenuineIntel" and rounding("medium") < 1e-6 else "highest"
+    processor_of(maker)
+    faster = maker != "GenuineIntel" and product_error("medium") < 1e-6
     torch.set_float32_matmul_precision("highest")
     sac_sera.choose_matmul(torch.device("cpu"))
     found = torch.get_float32_matmul_precision()
-    assert found == expected
-    assert rounding(found) < 1e-6
+    assert found == ("medium" if faster else "highest")
+    assert product_error(found) < 1e-6
     warned = "going on with MKL" in capsys.readouterr().out
     assert warned == (maker != "GenuineIntel" and found == "highest")
 
 
-def test_a_library_that_rounds_is_found(tmp_path, monkeypatch, capsys, matmul_precision):
+def test_a_library_that_rounds_is_found(processor_of, monkeypatch, capsys, matmul_precision):
     """Products of numbers with bfloat16's eight bits are refused, and that is said."""
-    (tmp_path / "cpuinfo").write_text("vendor_id : AuthenticAMD")
-    monkeypatch.setattr(sac_sera, "Path", lambda path: tmp_path / Path(path).name)
+    processor_of("AuthenticAMD")
     exact = torch.Tensor.__matmul__
 
     def rounded(x, y):
