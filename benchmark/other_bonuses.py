@@ -128,8 +128,12 @@ def use_rnd(script: ModuleType) -> None:
 
 # ------------------------------ counts
 def simhash(observations: Tensor, directions: Tensor) -> Tensor:
-    """Codes (B,) of states (B, d): bit b says on which side of direction b (d, bits) one lies."""
-    bits = (observations @ directions > 0).long()
+    """Codes (B,) of states (B, d): bit b says on which side of direction b (d, bits) one lies.
+
+    In float64: a product that is rounded otherwise in a batch than when the state was counted, as a
+    GPU's TF32 may be, gives a code that nobody has counted, and a bonus of infinity.
+    """
+    bits = (observations.double() @ directions.double() > 0).long()
     weights = 2 ** torch.arange(directions.shape[1], device=bits.device)
     return (bits * weights).sum(-1)
 

@@ -89,6 +89,13 @@ def test_simhash_by_hand():
     assert other_bonuses.simhash(states, directions).tolist() == [0b111, 0b001, 0b000, 0b110]
 
 
+def test_simhash_does_not_round():
+    """A state beside a boundary has one code, in whatever order its product is summed."""
+    rows = [[1e8, 1.0, -1e8], [1e8, -1e8, 1.0], [1.0, 1e8, -1e8]]  # float32 loses some of the ones
+    directions = torch.ones(3, 1)
+    assert other_bonuses.simhash(torch.tensor(rows), directions).tolist() == [1, 1, 1]
+
+
 def test_counts_by_hand():
     """Stored transitions are counted once each, dataset and online ones; the bonus follows."""
     script = script_with("counts")
