@@ -561,7 +561,7 @@ def test_killed_and_resumed(tmp_path):
     alone, run_dir = tmp_path / "alone", tmp_path / "run"
     sac_sera.main([*options.split(), "--run-dir", str(alone)])
     argv = [*options.split(), "--run-dir", str(run_dir)]
-    assert kill_points.dies_at_call("sac_sera", "update", 30 + 230, argv)
+    assert kill_points.dies_at_call("sac_sera", "train_step", 30 + 230, argv)
     saved = sac_sera.read_checkpoint(run_dir / "checkpoint.pt")
     assert (saved["phase"], saved["step"]) == ("online", 200)
     sac_sera.main(["--run-dir", str(run_dir), "--resume"])

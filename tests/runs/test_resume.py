@@ -33,7 +33,7 @@ def kill_and_resume(name, place, count, folder):
 
 def test_killed_online(script, alone, tmp_path):
     """In the middle of an episode, after some checkpoints of the online phase."""
-    kill_and_resume(script.__name__, "update", 60 + 100, tmp_path / "run")
+    kill_and_resume(script.__name__, "train_step", 60 + 100, tmp_path / "run")
     assert kill_points.compare(alone(script.__name__), tmp_path / "run") == []
 
 
@@ -41,8 +41,8 @@ def test_killed_online(script, alone, tmp_path):
     ("place", "count"),
     [
         ("start_logs", 1),  # with its first checkpoint and nothing else
-        ("update", 1),
-        ("update", 40),
+        ("train_step", 1),
+        ("train_step", 40),
         ("evaluate", 3),  # at the start of the online phase
         ("fsync", 1),  # half way through writing the first checkpoint
         ("fsync", 3),
@@ -61,7 +61,7 @@ def test_killed_from_scratch(tmp_path):
     """Without a dataset, whose transitions lay out the buffer."""
     options = ["--offline-steps", "0", "--mixing-ratio", "0", "--learning-starts", "20"]
     kill_points.run("sac_sera", tmp_path / "alone", *options)
-    assert kill_points.run_and_die("sac_sera", tmp_path / "run", "update", 60, *options)
+    assert kill_points.run_and_die("sac_sera", tmp_path / "run", "train_step", 60, *options)
     kill_points.resume("sac_sera", tmp_path / "run")
     assert kill_points.compare(tmp_path / "alone", tmp_path / "run") == []
 

@@ -1,9 +1,9 @@
 """Kills runs at random places with SIGKILL, resumes them, and compares with runs left alone.
 
-    python tests/tools/kill_points.py [--points 10] [--seed 0] [SCRIPT ...]
+    python tests/tools/kill_points.py [SCRIPT ...] [--points 10] [--seed 0] [--options=...]
 
-A place is a call of the update, of the policy, of an evaluation, or a stage of a checkpoint: half
-written, written but not yet in force, just in force; in either phase. Evaluations, networks,
+A place is a call of a training step, of the policy, of an evaluation, or a stage of a checkpoint:
+half written, written but not yet in force, just in force; in either phase. Evaluations, networks,
 optimizer, online rows and generators have to be the same, bit for bit. Exit code 1 if any is not.
 """
 
@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import shlex
 import signal
 import sys
 import tempfile
@@ -30,7 +31,7 @@ OPTIONS = (
     "--sera-k 3 --hidden-dim 16"
 )
 # Places, and about how often a run comes by.
-CALLS = {"update": 210, "act": 260, "evaluate": 7, "fsync": 9, "replace": 9, "replaced": 9}
+CALLS = {"train_step": 210, "act": 260, "evaluate": 7, "fsync": 9, "replace": 9, "replaced": 9}
 # Runs that are to die are forked from a process that has imported this already: to import it takes
 # longer than the run.
 FORKS = multiprocessing.get_context("forkserver")
@@ -45,9 +46,11 @@ class Args:
     scripts: tyro.conf.Positional[tuple[str, ...]] = SCRIPTS  # which scripts to try
     points: int = 10  # places for each script
     seed: int = 0  # of the places
+    options: str = ""  # more of all runs: --options="--device cuda"
 
 
 def run(name: str, run_dir: Path, *options: str) -> None:
+    torch.compiler.reset()  # as in a process of its own, nothing is compiled yet
     script = importlib.import_module(name)
     script.main([*OPTIONS.split(), "--run-dir", str(run_dir), *options])
 
@@ -97,11 +100,12 @@ def kill_at_call(name: str, place: str, count: int, argv: list[str], output: str
     script.main(argv)
 
 
-def resume(name: str, run_dir: Path) -> None:
+def resume(name: str, run_dir: Path, *options: str) -> None:
     """Go on as the checkpoint says; a run that died before its first one starts, by its command."""
-    options = [] if (run_dir / "checkpoint.pt").exists() else OPTIONS.split()
+    torch.compiler.reset()
+    words = [] if (run_dir / "checkpoint.pt").exists() else [*OPTIONS.split(), *options]
     script = importlib.import_module(name)
-    script.main([*options, "--run-dir", str(run_dir), "--resume"])
+    script.main([*words, "--run-dir", str(run_dir), "--resume"])
 
 
 def differences(left, right, where: str = "") -> list[str]:
@@ -135,6 +139,7 @@ def compare(alone: Path, resumed: Path) -> list[str]:
 
 def main(args: Args) -> int:
     random.seed(args.seed)
+    options = shlex.split(args.options)
     runs = args.points * len(args.scripts)
     failures = []
     killed = 0
@@ -142,14 +147,14 @@ def main(args: Args) -> int:
     for name in args.scripts:
         with tempfile.TemporaryDirectory() as folder:
             alone = Path(folder, "alone")
-            run(name, alone)
+            run(name, alone, *options)
             for point in range(args.points):
                 place = random.choice(list(CALLS))
                 count = random.randint(1, CALLS[place])
                 run_dir = Path(folder, str(point))
-                if run_and_die(name, run_dir, place, count):
+                if run_and_die(name, run_dir, place, count, *options):
                     killed += 1
-                    resume(name, run_dir)
+                    resume(name, run_dir, *options)
                 found = compare(alone, run_dir)
                 if found:
                     failures.append(f"{name}, {place} {count}: {found[:5]}")
