@@ -352,12 +352,25 @@ def execute(run: Run, threads: int, *before: str) -> str:
 
 def note_commit(run: Run) -> None:
     """Put the commit that a run starts or goes on with into its folder, below earlier ones."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty"]
-    described = subprocess.run(command, capture_output=True, text=True, check=False)
-    commit = described.stdout.strip() or "unknown"  # not in a repository
+    commit = commit_of_code()
     commits = commits_of(run)
     if commit not in commits:
         (run.folder / "commits.txt").write_text("\n".join([*commits, commit]) + "\n")
+
+
+def commit_of_code() -> str:
+    """The commit of the repository, with -dirty if Python files differ from it; or unknown.
+
+    Results may differ: a grid gathers its own into files that git knows.
+    """
+    git = ["git", "-C", str(ROOT)]
+    describe = [*git, "describe", "--always", "--abbrev=12"]
+    described = subprocess.run(describe, capture_output=True, text=True, check=False)
+    commit = described.stdout.strip()
+    if not commit:
+        return "unknown"  # not in a repository
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False)
+    return f"{commit}-dirty" if changed.returncode else commit
 
 
 def commits_of(run: Run) -> list[str]:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -295,22 +296,34 @@ def test_made_with(tmp_path, monkeypatch):
     """Every commit once, the offline phase's first; a run that goes on with another has both."""
     item = run.plan(grid_file(tmp_path / "study", GRID), tmp_path / "out")[1]
     assert item.start
-    described = []
-
-    def fake_git(command, **_):
-        assert command[:2] == ["git", "-C"]
-        return SimpleNamespace(stdout=described[-1])
-
-    monkeypatch.setattr(run.subprocess, "run", fake_git)
-    starts = [(item.start, "one\n"), (item, "one\n"), (item, "two-dirty\n"), (item, "two-dirty\n")]
-    for part, commit in [*starts, (item, "")]:
+    starts = [(item.start, "one"), (item, "one"), (item, "two-dirty"), (item, "two-dirty")]
+    for part, commit in [*starts, (item, "unknown")]:
         part.folder.mkdir(parents=True, exist_ok=True)
-        described.append(commit)
+        monkeypatch.setattr(run, "commit_of_code", lambda commit=commit: commit)
         run.note_commit(part)
     config = {"data_sha256": "12ab", "versions": {"torch": "2.13.0"}, "args": {}}
     (item.folder / "config.json").write_text(json.dumps(config))
     expected = {"commits": "one two-dirty unknown", "data_sha256": "12ab", "torch": "2.13.0"}
     assert run.made_with(item) == expected
+
+
+def test_commit_of_code(tmp_path, monkeypatch):
+    """Changed results leave it as it is, changed code does not."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert run.commit_of_code() == "unknown"
+    code, results = tmp_path / "sac_sera.py", tmp_path / "docs" / "commands.json"
+    results.parent.mkdir()
+    for path in (code, results):
+        path.write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    results.write_text("2")
+    commit = run.commit_of_code()
+    assert re.fullmatch("[0-9a-f]{12}", commit)
+    code.write_text("2")
+    assert run.commit_of_code() == f"{commit}-dirty"
 
 
 def test_missing_dataset(tmp_path, capsys, monkeypatch):
