@@ -296,10 +296,10 @@ def test_made_with(tmp_path, monkeypatch):
     """Every commit once, the offline phase's first; a run that goes on with another has both."""
     item = run.plan(grid_file(tmp_path / "study", GRID), tmp_path / "out")[1]
     assert item.start
-    starts = [(item.start, "one"), (item, "one"), (item, "two-dirty"), (item, "two-dirty")]
-    for part, commit in [*starts, (item, "unknown")]:
+    commits = iter(["one", "one", "two-dirty", "two-dirty", "unknown"])
+    monkeypatch.setattr(run, "commit_of_code", lambda: next(commits))
+    for part in (item.start, item, item, item, item):
         part.folder.mkdir(parents=True, exist_ok=True)
-        monkeypatch.setattr(run, "commit_of_code", lambda commit=commit: commit)
         run.note_commit(part)
     config = {"data_sha256": "12ab", "versions": {"torch": "2.13.0"}, "args": {}}
     (item.folder / "config.json").write_text(json.dumps(config))
