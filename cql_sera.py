@@ -1298,7 +1298,7 @@ class ReplayBuffer:
             columns["bonus_q"] = np.full(len(rewards), np.nan)  # until store_bonus_q
         if not self.columns:
             self.make_table(columns)
-        rows = np.empty((len(rewards), self.table.shape[1]), dtype=np.float32)
+        rows = np.zeros((len(rewards), self.table.shape[1]), dtype=np.float32)
         for name, position in self.columns.items():
             rows[:, position] = columns[name]
         self.append_rows(torch.from_numpy(rows))
@@ -1312,12 +1312,15 @@ class ReplayBuffer:
             else:
                 self.columns[name] = slice(width, width + values.shape[1])
                 width += values.shape[1]
+        # As wide without bonus_q as with it: on some CPUs the distance between rows changes how
+        # products round, and the offline phase is to be the same, bit for bit, under every bonus.
+        width += "bonus_q" not in columns
         self.table = torch.zeros(self.capacity, width, device=self.device)
 
     def append_rows(self, rows: Tensor) -> None:
-        """Add rows (n, width) that are laid out as the table is."""
+        """Add rows (n, width) that are laid out as the table is, or without its unused column."""
         end = self.size + len(rows)
-        self.table[self.size : end].copy_(rows, non_blocking=True)
+        self.table[self.size : end, : rows.shape[1]].copy_(rows, non_blocking=True)
         self.size = end
         self.online_count += len(rows)
 

@@ -10,9 +10,6 @@ import pytest
 
 # The networks here are tiny: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# On some of AMD's processors MKL's products depend on where in memory their arguments lie: tests
-# that compare runs bit for bit would fail there by a last bit. MKL reads this at its first product.
-os.environ.setdefault("MKL_CBWR", "AUTO")
 # No test asks the network for D4RL's data: nothing listens there.
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:1"
 # Started in the background or by nohup, pytest would hand ignored signals on to the runs it tests.

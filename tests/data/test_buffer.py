@@ -114,6 +114,16 @@ def test_rows_come_back(script):
     torch.testing.assert_close(other.table, buffer.table, rtol=0, atol=0, equal_nan=True)
 
 
+def test_rows_of_an_older_checkpoint(script):
+    """Plain runs had no unused column once; their rows fit as well."""
+    buffer = make_buffer(script, make_rows(20), sera_coef=0.0)
+    buffer.append(make_rows(5, first=100))
+    other = make_buffer(script, make_rows(20), sera_coef=0.0)
+    other.append_rows(buffer.table[20:25, :-1].clone())
+    assert (other.size, other.online_size) == (25, 5)
+    assert torch.equal(other.table, buffer.table)
+
+
 @pytest.mark.parametrize(
     ("changes", "stored_q"),
     [
@@ -127,8 +137,18 @@ def test_rows_come_back(script):
     ],
 )
 def test_column_of_the_bonus(script, changes, stored_q):
-    """There is one for q if frozen critics give it: NaN until it is worked out."""
+    """There is one for q if frozen critics give it: NaN until it is worked out.
+
+    Without it all else stands at the same place of equally wide rows: products round by that.
+    """
     buffer = make_buffer(script, make_rows(5), **changes)
+    default = make_buffer(script, make_rows(5))
+    assert buffer.table.shape == default.table.shape
+    assert buffer.columns == {
+        name: position
+        for name, position in default.columns.items()
+        if name != "bonus_q" or stored_q
+    }
     columns = stored(buffer)
     assert ("bonus_q" in columns) == stored_q
     if stored_q:
