@@ -1314,11 +1314,12 @@ class ReplayBuffer:
                 width += values.shape[1]
         # As wide without bonus_q as with it: on some CPUs the distance between rows changes how
         # products round, and the offline phase is to be the same, bit for bit, under every bonus.
-        width += "bonus_q" not in columns
+        if "bonus_q" not in columns:
+            width += 1
         self.table = torch.zeros(self.capacity, width, device=self.device)
 
     def append_rows(self, rows: Tensor) -> None:
-        """Add rows (n, width) that are laid out as the table is, or without its unused column."""
+        """Add rows (n, width) laid out as the table; older checkpoints lack its unused column."""
         end = self.size + len(rows)
         self.table[self.size : end, : rows.shape[1]].copy_(rows, non_blocking=True)
         self.size = end
