@@ -158,6 +158,11 @@ def paired_interval(differences: pd.Series) -> tuple[float, float]:
     return differences.mean() - half, differences.mean() + half
 
 
+def last_phase(evals: pd.DataFrame) -> str:
+    """The phase that a study is about: online, unless it has none."""
+    return "online" if (evals["phase"] == "online").any() else "offline"
+
+
 def measures(run: pd.DataFrame, phase: str) -> pd.Series:
     """One run's numbers from its evaluations in order; NaN, and -1 as `last`, where it has none.
 
@@ -450,24 +455,37 @@ def draw(axis: Axes, look: dict, lines: pd.DataFrame, value: str) -> None:
 
 
 def with_places(evals: pd.DataFrame) -> pd.DataFrame:
-    """The column x, where an evaluation is drawn: online from 0 to 1, offline from -0.5 to 0."""
+    """The column x, where an evaluation is drawn: online from 0 to 1, offline from -0.5 to 0.
+
+    Offline from 0 to 1 in a study without an online phase.
+    """
     steps = evals["step"]
     longest = evals.groupby([*TASK, "phase"])["step"].transform("max").clip(lower=1)
+    if last_phase(evals) == "offline":
+        return evals.assign(x=steps / longest)
     own = evals.groupby([*KEYS, "phase"])["step"].transform("max")
     before = (steps - own) / longest / 2
     places = (steps / longest).where(evals["phase"] == "online", before)
     return evals.assign(x=places)
 
 
-def set_ticks(axis: Axes, panel: pd.DataFrame) -> None:
-    """Steps below a panel: the whole offline phase, the switch, the middle and the end."""
+def set_ticks(axis: Axes, panel: pd.DataFrame, phase: str) -> None:
+    """Steps below a panel: the whole offline phase, the switch, the middle and the end.
+
+    phase: the last one of the study; if that is offline, its beginning, middle and end.
+    """
     last = panel.groupby("phase")["step"].max()
     offline, online = last.reindex(["offline", "online"], fill_value=0)
+    if phase == "offline":
+        axis.set_xticks([0, 0.5, 1], ["0", f"{offline / 2:,.0f}", f"{offline:,.0f}"])
+        axis.set_xlabel("offline steps")
+        return
     ticks = {0: "0"}
     for place, step in ((-0.5, -offline), (0.5, online / 2), (1, online)):
         if step:
             ticks[place] = f"{step:,.0f}"
     axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.set_xlabel("offline steps | online steps")
     axis.axvline(0, color="0.3", linewidth=1)
 
 
@@ -475,20 +493,21 @@ def learning_curves(path: Path, grid: dict, evals: pd.DataFrame) -> None:
     """A panel for each script and env with runs; the offline phase is on the left, in its scale."""
     there = set(evals[TASK].itertuples(index=False, name=None))
     tasks = [task for task in itertools.product(grid["scripts"], grid["envs"]) if task in there]
-    columns = len(grid["envs"])
+    columns = len({env for _, env in tasks})
     if columns == 1:
         columns = 2 if len(tasks) == 4 else min(3, len(tasks))
     looks = line_looks(grid["variants"])
     figure, axes = panels(len(tasks), columns, looks)
     evals = with_places(evals)
+    phase = last_phase(evals)
     for (script, env), axis in zip(tasks, axes):
         panel = evals[(evals["script"] == script) & (evals["env"] == env)]
         for variant, look in looks.items():
             for _, lines in panel[panel["variant"] == variant].groupby("phase"):
                 draw(axis, look, lines, "score")
-        set_ticks(axis, panel)
+        set_ticks(axis, panel, phase)
         axis.set_title(f"{script}, {env}")
-        axis.set(xlabel="offline steps | online steps", ylabel="normalized score")
+        axis.set_ylabel("normalized score")
     save(figure, path)
 
 
@@ -633,7 +652,7 @@ def report(study: Path, grid: dict, paths: list[Path]) -> None:
     """Write table.md and curves.png of a study from its raw evaluations."""
     keys = run_keys(grid)
     evals = read_runs(paths, keys)
-    phase = "online" if (evals["phase"] == "online").any() else "offline"
+    phase = last_phase(evals)
     runs = with_states(evals.groupby(KEYS).apply(measures, phase), keys, phase)
     variants = []
     for name, options in grid["variants"].items():
@@ -650,7 +669,8 @@ def report(study: Path, grid: dict, paths: list[Path]) -> None:
     if (study / "bias.csv").exists():
         text += value_bias(study / "bias.csv", keys)
     text += f"## Learning curves\n\n![Learning curves](curves.png)\n{FIGURE_NOTE}\n"
-    text += "Left of the line: the offline phase, its steps on a scale of their own.\n"
+    if phase == "online":
+        text += "Left of the line: the offline phase, its steps on a scale of their own.\n"
     if (study / "coverage.csv").exists():
         text += "\nHow widely the runs visited states: [coverage](coverage.md).\n"
     learning_curves(study / "curves.png", grid, evals.join(runs["state"], on=KEYS))

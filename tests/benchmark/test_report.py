@@ -346,6 +346,33 @@ def test_learning_curves(study, monkeypatch):
     assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == ["plain", "sera"]
 
 
+def test_learning_curves_without_an_online_phase(study, monkeypatch):
+    """Offline evaluations lie by their steps, those of an unfinished run too; no empty panels."""
+    for path in (study / "runs").iterdir():
+        unfinished = path.stem == "a_sera__e1__sera__2"
+        dropped = r"(?m)^(online|offline,20).*\n" if unfinished else r"(?m)^online.*\n"
+        path.write_text(re.sub(dropped, "", path.read_text()))
+        if "__e2__" in path.stem:
+            path.unlink()
+    figures = []
+    places = {}
+
+    def draw(axis, look, lines, value):
+        for seed, line in lines.groupby("seed"):
+            places[(look["color"], seed)] = list(line["x"])
+
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(report, "draw", draw)
+    assert "Left of the line" not in table(study)
+    (figure,) = figures
+    (axis,) = figure.axes
+    assert figure.get_figwidth() < 6  # of one panel, not two
+    assert sorted(places.values()) == [[0.5], [0.5, 1], [0.5, 1], [0.5, 1]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "10", "20"]
+    assert axis.get_xlabel() == "offline steps"
+    assert not axis.lines
+
+
 def test_coverage(study):
     """Last values and a figure; only the tasks in the file are asked for."""
     rows = ["1,10,1.0,2.0", "1,20,1.5,1.0", "2,10,1.0,2.0", "2,20,2.5,0.5"]
