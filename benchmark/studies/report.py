@@ -454,14 +454,14 @@ def draw(axis: Axes, look: dict, lines: pd.DataFrame, value: str) -> None:
             axis.fill_between(whole.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def with_places(evals: pd.DataFrame) -> pd.DataFrame:
+def with_places(evals: pd.DataFrame, phase: str) -> pd.DataFrame:
     """The column x, where an evaluation is drawn: online from 0 to 1, offline from -0.5 to 0.
 
-    Offline from 0 to 1 in a study without an online phase.
+    phase: the last one of the study; if that is offline, it goes from 0 to 1.
     """
     steps = evals["step"]
     longest = evals.groupby([*TASK, "phase"])["step"].transform("max").clip(lower=1)
-    if last_phase(evals) == "offline":
+    if phase == "offline":
         return evals.assign(x=steps / longest)
     own = evals.groupby([*KEYS, "phase"])["step"].transform("max")
     before = (steps - own) / longest / 2
@@ -489,8 +489,11 @@ def set_ticks(axis: Axes, panel: pd.DataFrame, phase: str) -> None:
     axis.axvline(0, color="0.3", linewidth=1)
 
 
-def learning_curves(path: Path, grid: dict, evals: pd.DataFrame) -> None:
-    """A panel for each script and env with runs; the offline phase is on the left, in its scale."""
+def learning_curves(path: Path, grid: dict, evals: pd.DataFrame, phase: str) -> None:
+    """A panel for each script and env with runs; the offline phase is on the left, in its scale.
+
+    phase: the last one of the study.
+    """
     there = set(evals[TASK].itertuples(index=False, name=None))
     tasks = [task for task in itertools.product(grid["scripts"], grid["envs"]) if task in there]
     columns = len({env for _, env in tasks})
@@ -498,8 +501,7 @@ def learning_curves(path: Path, grid: dict, evals: pd.DataFrame) -> None:
         columns = 2 if len(tasks) == 4 else min(3, len(tasks))
     looks = line_looks(grid["variants"])
     figure, axes = panels(len(tasks), columns, looks)
-    evals = with_places(evals)
-    phase = last_phase(evals)
+    evals = with_places(evals, phase)
     for (script, env), axis in zip(tasks, axes):
         panel = evals[(evals["script"] == script) & (evals["env"] == env)]
         for variant, look in looks.items():
@@ -673,7 +675,8 @@ def report(study: Path, grid: dict, paths: list[Path]) -> None:
         text += "Left of the line: the offline phase, its steps on a scale of their own.\n"
     if (study / "coverage.csv").exists():
         text += "\nHow widely the runs visited states: [coverage](coverage.md).\n"
-    learning_curves(study / "curves.png", grid, evals.join(runs["state"], on=KEYS))
+    evals = evals.join(runs["state"], on=KEYS)
+    learning_curves(study / "curves.png", grid, evals, phase)
     write_text(study / "table.md", text)
 
 
